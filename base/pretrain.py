@@ -1,0 +1,157 @@
+"""Script: trains the small language model that ships in base/, from exploration text of train variations.
+
+    python collect.py --source explore --panel full --out out/base/explore.jsonl
+    python base/pretrain.py --text out/base/explore.jsonl
+
+The text holds observations and random actions: no gold path and no role prompt, so what SFT and RL add is theirs. Resumable.
+"""
+
+import json
+import math
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import prompts  # noqa: E402
+from data import Episode, read_episodes  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Config:
+    text: tuple[Path, ...]  # exploration episodes (JSONL)
+    out: Path = Path(__file__).parent  # where model and tokenizer go
+    vocab: int = 2048  # word pieces
+    hidden: int = 192  # width
+    layers: int = 4
+    heads: int = 6
+    feed_forward: int = 512
+    context: int = 320  # tokens per training row
+    rows: int = 16  # rows per step
+    minutes: float = 30.0  # wall-clock budget; the learning rate is annealed over it
+    lr: float = 2e-3  # peak learning rate
+    seed: int = 0
+    threads: int = 2
+
+
+def document(episode: Episode, rng: random.Random) -> str:
+    """One episode as text. The whole observation is shown at half of the steps; most actions that the world did not
+    understand are left out, and each step says whether it was understood."""
+    lines = [f"Task: {prompts.compact(episode.description)}"]
+    for t, turn in enumerate(episode.turns):
+        understood = not episode.obs_after(t).startswith(prompts.NOT_UNDERSTOOD)
+        if not understood and rng.random() < 0.7:
+            continue
+        if t == 0 or rng.random() < 0.5:
+            lines.append(f"Observation: {prompts.render(turn.obs)}")
+        lines.append(f"Action: {turn.action}")
+        lines.append(f"Result: {prompts.split_obs(episode.obs_after(t))[0]}; {understood}")
+    return "\n".join(lines)
+
+
+def train_tokenizer(documents: list[str], vocab: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE; digits apart, so that temperatures are read digit by digit."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=["<bos>", "<eos>", "<pad>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", clean_up_tokenization_spaces=False
+    )
+
+
+def main(config: Config) -> None:
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    print(json.dumps(asdict(config), indent=2, default=str))
+    episodes = [episode for path in config.text for episode in read_episodes(path)]
+    rng = random.Random(config.seed)
+    documents = [document(episode, rng) for episode in episodes]
+    config.out.mkdir(parents=True, exist_ok=True)
+    if (config.out / "tokenizer.json").exists():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(config.out)
+    else:
+        tokenizer = train_tokenizer(documents, config.vocab)
+        tokenizer.save_pretrained(config.out)
+    stream = []
+    for ids in tokenizer(documents, add_special_tokens=False).input_ids:
+        stream += [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+    stream = torch.tensor(stream)
+    held_out, stream = stream[: 64 * config.context], stream[64 * config.context :]
+    print(f"{len(episodes)} episodes, {len(stream) / 1e6:.1f}M tokens, {len(' '.join(documents)) / len(stream):.2f} characters per token")
+
+    architecture = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=config.hidden, num_hidden_layers=config.layers, num_attention_heads=config.heads,
+        num_key_value_heads=config.heads, intermediate_size=config.feed_forward, max_position_embeddings=4096,
+        tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = LlamaForCausalLM(architecture)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters")
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    vectors = [p for p in model.parameters() if p.ndim != 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))
+    state = config.out / "pretrain_state.pt"
+    spent, step, seen = 0.0, 0, 0
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        spent, step, seen = saved["spent"], saved["step"], saved["seen"]
+
+    def loss_of(rows: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(input_ids=rows, labels=rows).loss
+
+    def evaluate() -> float:
+        with torch.no_grad():
+            return loss_of(held_out.view(-1, config.context)[:32]).item()
+
+    budget, began = config.minutes * 60, time.time()
+    bar = tqdm(total=int(budget), initial=int(spent), unit="s", mininterval=10)
+    log = (config.out / "pretrain_log.csv").open("a")
+    while spent < budget:
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        starts = torch.randint(len(stream) - config.context, (config.rows,), generator=generator)
+        rows = torch.stack([stream[s : s + config.context] for s in starts])
+        warmup, progress = min(1.0, (step + 1) / 100), spent / budget
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * warmup * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+        loss = loss_of(rows)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step, seen, before = step + 1, seen + rows.numel(), spent
+        spent, began = spent + time.time() - began, time.time()
+        bar.update(int(spent) - int(before))
+        if step % 50 == 0 or spent >= budget:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+            log.write(f"{step},{seen},{spent:.0f},{loss.item():.4f},{evaluate():.4f}\n")
+            log.flush()
+        if step % 200 == 0 or spent >= budget:
+            saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "spent": spent, "step": step, "seen": seen}
+            torch.save(saved, state.with_suffix(".tmp"))
+            state.with_suffix(".tmp").replace(state)
+    half = model.to(torch.bfloat16)
+    half.save_pretrained(config.out)
+    print(f"done: {step} steps, {seen / 1e6:.1f}M tokens, held-out loss {evaluate():.3f}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

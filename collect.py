@@ -1,0 +1,106 @@
+"""Script: trajectories as JSONL. Gold paths annotated by a teacher, rollouts of a trained policy, or exploration (text for base/).
+
+    python collect.py --source gold --panel demo --out out/demo/gold.jsonl
+    python collect.py --source policy --checkpoint out/demo/sft --panel demo --out out/demo/rollouts.jsonl
+
+Collection resumes: episodes already in the file are kept and not played again.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+
+import annotate
+import scripted
+from data import Episode, read_episodes, write_episodes
+from envs import EnvPool, read_panel
+from hierarchy import Counts, episode_seed, rollout
+from model import Policy, load_policy
+from run import fail, pick_device
+
+
+@dataclass(frozen=True)
+class Config:
+    out: Path  # JSONL file to write, or to go on with
+    source: Literal["gold", "policy", "explore"] = "gold"  # who plays
+    env: Literal["scienceworld"] = "scienceworld"  # which text world
+    panel: str = "demo"  # episode list panels/<env>_<panel>_train.txt; data for training comes from train only
+    limit: int = 0  # at most this many episodes of a task type; 0 is all
+    repeats: int = 1  # plays every episode this often, each time with another seed
+    max_steps: int = 50  # environment steps per episode (gold paths are replayed whole)
+    checkpoint: Path | None = None  # policy folder, for --source policy
+    temperature: float = 1.0  # of the executor; planner and progress sample at 0.7 of it (STEP-HRL's setting)
+    slots: int = 32  # episodes played at once
+    workers: int = 1  # simulator processes
+    seed: int = 0  # of sampling and exploration
+    threads: int = 2  # CPU threads of the policy
+    device: str = "auto"
+    teacher_url: str = ""  # OpenAI-compatible endpoint that annotates the gold paths instead of the rules
+    teacher_model: str = "default"  # model name sent to that endpoint
+
+
+def annotated_gold(pool: EnvPool, panel: list, config: Config) -> Iterator[Episode]:
+    """Gold paths that end at score 100, split into subtasks with progress after every step."""
+    teacher = annotate.ChatTeacher(config.teacher_url, config.teacher_model) if config.teacher_url else None
+    for episode in scripted.play_gold(pool, panel, config.env):
+        if episode.success:
+            yield annotate.annotate(episode, teacher)
+        else:
+            tqdm.write(f"left out: the gold path of {episode.task} {episode.variation} ends at score {episode.score:.0f}")
+
+
+def play(pool: EnvPool, panel: list, config: Config, repeat: int) -> Iterator[Episode]:
+    """The episodes of one pass over the panel."""
+    if config.source == "gold":
+        return annotated_gold(pool, panel, config)
+    if config.source == "explore":
+        return scripted.play_explore(pool, panel, config.env, episode_seed(config.seed, repeat))
+    model, tokenizer, meta = load_policy(config.checkpoint, pick_device(config.device))
+    return rollout(
+        pool, panel, Policy(model, tokenizer, config.temperature), annotate.judge, env=config.env, history=meta["history"],
+        seed=episode_seed(config.seed, repeat), source=f"{meta['stage']}-{config.seed}-{repeat}", counts=Counts(),
+    )  # fmt: skip
+
+
+def duplicates(episodes: list[Episode]) -> float:
+    """Share of episodes whose (task, variation, actions) occurred before: greedy or cold sampling repeats itself."""
+    keys = Counter((e.task, e.variation, tuple(t.action for t in e.turns)) for e in episodes)
+    return 1 - len(keys) / max(1, len(episodes))
+
+
+def main(config: Config) -> None:
+    torch.set_num_threads(config.threads)
+    if config.source == "policy" and config.checkpoint is None:
+        raise ValueError("--source policy needs --checkpoint FOLDER: train one with train_sft.py")
+    panel = read_panel(config.env, config.panel, "train")
+    if config.limit:
+        panel = [e for _, group in groupby(sorted(panel), key=lambda e: e[0]) for e in list(group)[: config.limit]]
+    done = Counter((e.task, e.variation) for e in read_episodes(config.out)) if config.out.exists() else Counter()
+    max_steps = 10**6 if config.source == "gold" else config.max_steps
+    bar = tqdm(total=len(panel) * config.repeats, initial=min(sum(done.values()), len(panel) * config.repeats), desc=config.source)
+    with EnvPool(config.env, config.slots, config.workers, max_steps) as pool:
+        for repeat in range(config.repeats):
+            missing = [e for e in panel if done[e] <= repeat]
+            for episode in play(pool, missing, config, repeat) if missing else ():
+                write_episodes(config.out, [episode], append=True)
+                bar.update()
+    bar.close()
+    episodes = read_episodes(config.out)
+    mean = sum(max(0.0, e.score) for e in episodes) / len(episodes)
+    print(f"{config.out}: {len(episodes)} episodes, mean score {mean:.1f}, {duplicates(episodes):.1%} duplicates")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config))
+    except ValueError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on from here") from None

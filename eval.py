@@ -1,0 +1,122 @@
+"""Script: plays a panel greedily and writes one results JSON and the episodes.
+
+    python eval.py --checkpoint out/demo/sft --panel demo --split dev --out out/demo --name sft
+    python eval.py --agent random --panel glider --split dev --out results --name random
+
+Nothing is selected on test: every evaluation of a test split is recorded in results/test_log.jsonl with its reason.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+
+import annotate
+import scripted
+import scores
+from data import Episode, write_episodes
+from envs import EnvPool, read_panel
+from hierarchy import Counts, rollout
+from model import Policy, file_hash, fingerprint, load_backbone, load_policy
+from run import fail, pick_device, provenance
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Config:
+    out: Path  # folder: writes <out>/results/<name>.json and <out>/episodes/<name>.jsonl
+    name: str  # of the row
+    agent: Literal["policy", "zero-shot", "random", "gold"] = "policy"  # zero-shot: the backbone without an adapter
+    checkpoint: Path | None = None  # policy folder, for --agent policy
+    model: str = "base"  # backbone, for --agent zero-shot
+    env: Literal["scienceworld"] = "scienceworld"  # which text world
+    panel: str = "demo"  # panels/<env>_<panel>_<split>.txt
+    split: Literal["dev", "test"] = "dev"
+    limit: int = 0  # only the first episodes of the panel; 0 is all
+    max_steps: int = 50  # environment steps per episode
+    max_actions: int = 15  # cap on the actions of one subtask
+    temperature: float = 0.0  # 0 is greedy
+    seed: int = 0  # of sampling and of the random agent
+    slots: int = 40  # episodes played at once
+    workers: int = 1  # simulator processes
+    threads: int = 2  # CPU threads of the policy
+    device: str = "auto"
+    reason: str = ""  # why a test split is evaluated; required for it
+
+
+def play(config: Config, panel: list, pool: EnvPool, counts: Counts) -> tuple[list[Episode], dict]:
+    """The episodes of the panel in its order, and what is known of the agent."""
+    meta = {"stage": config.agent, "history": "progress"}
+    if config.agent == "random":
+        stream = scripted.play_random(pool, panel, config.env, config.seed)
+    elif config.agent == "gold":
+        stream = scripted.play_gold(pool, panel, config.env)
+    else:
+        device = pick_device(config.device)
+        if config.agent == "policy":
+            model, tokenizer, meta = load_policy(config.checkpoint, device)
+        else:
+            model, tokenizer = load_backbone(config.model, device)
+            meta |= {"model": config.model, "base": fingerprint(model, tokenizer)}
+        stream = rollout(
+            pool, panel, Policy(model.eval(), tokenizer, config.temperature), annotate.judge, env=config.env,
+            history=meta["history"], max_actions=config.max_actions, seed=config.seed, source=meta["stage"], counts=counts,
+        )  # fmt: skip
+    played = {(e.task, e.variation): e for e in tqdm(stream, total=len(panel), desc=config.name)}
+    return [played[episode] for episode in panel], meta
+
+
+def main(config: Config) -> dict:
+    torch.set_num_threads(config.threads)
+    if config.agent == "policy" and config.checkpoint is None:
+        raise ValueError("--agent policy needs --checkpoint FOLDER: train one with train_sft.py")
+    if config.split == "test" and not config.reason:
+        raise ValueError("a test split is reported once: say --reason '...'; choose between checkpoints on --split dev")
+    panel, counts, began = read_panel(config.env, config.panel, config.split), Counts(), time.time()
+    panel = panel[: config.limit] if config.limit else panel
+    with EnvPool(config.env, config.slots, config.workers, config.max_steps) as pool:
+        episodes, meta = play(config, panel, pool, counts)
+    steps = sum(len(e.turns) for e in episodes)
+    tokens = {
+        role: {"prompt": round(counts.prompt_tokens[role] / n, 1), "completion": round(counts.completion_tokens[role] / n, 1)}
+        for role, n in counts.decisions.items()
+        if n
+    }
+    result = {
+        "benchmark": config.env, "panel": config.panel, "split": config.split, "agent": config.name, "stage": meta["stage"],
+        "checkpoint": str(config.checkpoint or meta.get("base", "")), "seeds": [config.seed], "max_steps": config.max_steps,
+        **scores.summary([e.task for e in episodes], [e.score for e in episodes], [e.success for e in episodes]),
+        "tokens_per_decision": tokens,
+        "tokens_per_step": round((sum(counts.prompt_tokens.values()) + sum(counts.completion_tokens.values())) / steps, 1),
+        "parse_failure_rate": round(counts.parse_failures / max(1, counts.decisions["executor"]), 4),
+        "capped_subtasks": counts.capped, "mean_steps": round(steps / len(episodes), 1),
+        "scores": [e.score for e in episodes], "minutes": round((time.time() - began) / 60, 2), **provenance(),
+    }  # fmt: skip
+    write_episodes(config.out / "episodes" / f"{config.name}.jsonl", episodes)
+    path = config.out / "results" / f"{config.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    if config.split == "test":
+        adapter = file_hash(config.checkpoint / "adapter") if config.checkpoint else meta.get("base", "")
+        record = {k: result[k] for k in ("panel", "agent", "macro_mean", "ci95", "commit", "command")}
+        RESULTS.mkdir(exist_ok=True)
+        with (RESULTS / "test_log.jsonl").open("a") as log:
+            log.write(json.dumps(record | {"checkpoint_hash": adapter, "reason": config.reason}) + "\n")
+    low, high = result["ci95"]
+    print(f"{config.name}: macro score {result['macro_mean']:.1f} [{low:.1f}, {high:.1f}], success {result['success_rate']:.1%}")
+    return result
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config))
+    except ValueError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped: an evaluation is written whole or not at all; run the same command again") from None

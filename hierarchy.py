@@ -1,0 +1,164 @@
+"""Planner over executor in lockstep: many episodes at once, three roles served in shared batches.
+
+Every running episode waits for exactly one thing: an answer of one of its three roles, or its world. A round asks the policy for all
+waiting answers in one batch, whatever their roles, then steps all worlds whose action is known. A subtask is an option
+(Sutton, Precup & Singh 1999): it ends when the executor claims it is done, at the cap on its actions, or with the episode.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import prompts
+from data import Decision, Episode, Segment, Turn
+from envs import EnvPool, StepResult
+from model import Answer, Request
+from progress import History, executor_prompt, planner_prompt, progress_prompt
+
+MAX_NEW_TOKENS = {"planner": 32, "executor": 32, "progress": 64}
+
+
+class Acts(Protocol):
+    """Answers requests in one batch: model.Policy, or a scripted stand-in in tests."""
+
+    def answer(self, requests: list[Request]) -> list[Answer]: ...
+
+
+@dataclass
+class Counts:
+    """Totals over a rollout; the rates of an evaluation are made of these."""
+
+    steps: int = 0  # environment steps
+    parse_failures: int = 0  # executor answers that were not '<action>; True|False'
+    capped: int = 0  # subtasks ended by the cap on actions
+    prompt_tokens: dict = None  # per role
+    completion_tokens: dict = None
+    decisions: dict = None
+
+    def __post_init__(self):
+        for name in ("prompt_tokens", "completion_tokens", "decisions"):
+            setattr(self, name, dict.fromkeys(MAX_NEW_TOKENS, 0))
+
+
+def episode_seed(seed: int, *parts) -> int:
+    """A 63-bit seed that depends on every part, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr((seed, *parts)).encode(), digest_size=8).digest(), "big") >> 1
+
+
+class Player:
+    """One running episode and which role it waits for."""
+
+    def __init__(self, episode: Episode, first: StepResult, history: History, max_actions: int, seed: int, judge: Callable):
+        self.episode, self.history, self.max_actions, self.seed, self.judge = episode, history, max_actions, seed, judge
+        self.now, self.waits_for = first, "planner"
+        self.subtask, self.progress, self.start = "", prompts.NO_PROGRESS, 0
+        self.pending: tuple[str, str, bool] | None = None  # raw_text, action, claimed_done
+
+    def request(self) -> Request:
+        """The prompt of the role it waits for."""
+        episode, t = self.episode, len(self.episode.turns)
+        if self.waits_for == "planner":
+            prompt = planner_prompt(episode, t, self.now.obs, self.history)
+        elif self.waits_for == "executor":
+            prompt = executor_prompt(episode, self.start, t, self.subtask, self.progress, self.now.obs, self.history)
+        else:
+            prompt = progress_prompt(self.subtask, self.progress, episode.turns[-1].action, self.now.obs)
+        role = self.waits_for
+        seed = episode_seed(self.seed, episode.task, episode.variation, t, role)
+        return Request(role, prompt, MAX_NEW_TOKENS[role], seed)
+
+    def receive(self, answer: Answer, counts: Counts) -> str | None:
+        """Takes the answer it waited for; returns an action when the world is next."""
+        role, t = self.waits_for, len(self.episode.turns)
+        turn = t - 1 if role == "progress" else t
+        self.episode.decisions.append(Decision(role, turn, answer.ids, [round(x, 4) for x in answer.logprobs]))
+        counts.prompt_tokens[role] += answer.prompt_tokens
+        counts.completion_tokens[role] += len(answer.ids)
+        counts.decisions[role] += 1
+        if role == "planner":
+            self.subtask, self.progress, self.start = answer.text.strip() or "none", prompts.NO_PROGRESS, t
+            self.waits_for = "executor"
+        elif role == "executor":
+            action, claimed, parsed = prompts.parse_executor(answer.text)
+            counts.parse_failures += not parsed
+            self.pending = (answer.text, action, claimed)
+            return action
+        else:
+            self.progress = answer.text.strip() or prompts.NO_PROGRESS
+            self._after_progress(counts)
+        return None
+
+    def stepped(self, result: StepResult, counts: Counts) -> None:
+        """The world answered the action."""
+        raw_text, action, claimed = self.pending
+        verified = bool(self.judge(self.subtask, result.obs))
+        turn = Turn(
+            self.now.obs, action, raw_text, result.reward, result.terminated, result.truncated,
+            self.subtask, self.progress, claimed, verified,
+        )  # fmt: skip
+        self.episode.turns.append(turn)
+        self.now = result
+        counts.steps += 1
+        if self.history == "progress" and not result.terminated:
+            self.waits_for = "progress"
+        else:
+            self._after_progress(counts)
+
+    def _after_progress(self, counts: Counts) -> None:
+        """Ends the subtask or goes on with it."""
+        last, length = self.episode.turns[-1], len(self.episode.turns) - self.start
+        over = self.now.terminated or self.now.truncated
+        if over or last.claimed_done or length >= self.max_actions:
+            counts.capped += not over and not last.claimed_done
+            self.episode.segments.append(Segment(self.subtask, self.start, len(self.episode.turns), self.progress))
+            self.waits_for = "nothing" if over else "planner"
+        else:
+            self.waits_for = "executor"
+
+    @property
+    def over(self) -> bool:
+        return self.waits_for == "nothing"
+
+    def finished(self) -> Episode:
+        return replace(self.episode, final_obs=self.now.obs, score=self.now.score, success=self.now.success)
+
+
+def rollout(
+    pool: EnvPool,
+    panel: list[tuple[str, int]],
+    policy: Acts,
+    judge: Callable[[str, str], bool],
+    *,
+    env: str = "scienceworld",
+    history: History = "progress",
+    max_actions: int = 15,
+    seed: int = 0,
+    source: str = "policy",
+    counts: Counts | None = None,
+) -> Iterator[Episode]:
+    """Plays every (task, variation) of `panel` once and yields episodes as they end; a free slot takes the next one.
+
+    judge(subtask, resulting obs) -> completed? fills verified_done only; it never ends a subtask. max_actions: cap on the
+    actions of one subtask. seed: of the sampling; an episode's draws depend on (seed, task, variation, turn, role) alone.
+    """
+    counts = Counts() if counts is None else counts
+    waiting, players = list(reversed(panel)), {}
+    while waiting or players:
+        free = [slot for slot in range(pool.size) if slot not in players][: len(waiting)]
+        starts = {slot: waiting.pop() for slot in free}
+        for slot, first in pool.call({slot: ("reset", *episode) for slot, episode in starts.items()}).items():
+            task, variation = starts[slot]
+            episode = Episode(env, task, variation, first.description, source=source)
+            players[slot] = Player(episode, first, history, max_actions, seed, judge)
+        slots = sorted(players)
+        answers = policy.answer([players[slot].request() for slot in slots])
+        actions = {}
+        for slot, answer in zip(slots, answers, strict=True):
+            if (action := players[slot].receive(answer, counts)) is not None:
+                actions[slot] = ("step", action)
+        for slot, result in pool.call(actions).items():
+            players[slot].stepped(result, counts)
+        for slot in slots:
+            if players[slot].over:
+                yield players.pop(slot).finished()

@@ -1,0 +1,250 @@
+"""The language model: load a backbone, add LoRA, encode, hidden states for training, batched sampling for acting, save and load.
+
+`--model base` is the small Llama-architecture model in base/; any folder or hub id that AutoModelForCausalLM loads works the same.
+LoRA: arXiv:2106.09685 (peft). What this file does not do: any loss (learner.py), any prompt (prompts.py).
+"""
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+BASE = Path(__file__).parent / "base"
+ROLES = ("planner", "executor", "progress")  # data.LEVELS, in the same order
+SHARED = "shared"  # name of the one adapter that serves all roles
+ATTENTION_ONLY = ["q_proj", "k_proj", "v_proj", "o_proj"]  # the papers' LoRA targets
+
+
+# --- backbone and adapters ------------------------------------------------------------------------------------------
+def load_backbone(model: str, device: str = "cpu", gradient_checkpointing: bool = False):
+    """(causal LM, tokenizer) of `model`: "base", a folder or a hub id. fp32 on CPU, bf16 on CUDA.
+
+    ValueError when the folder is missing or the tokenizer has no EOS token (answers could never end).
+    """
+    path = str(BASE) if model == "base" else model
+    if (model == "base" or "/" not in model or model[0] in "./") and not (Path(path) / "config.json").exists():
+        raise ValueError(f"no model at {path}: give a folder with config.json or a hub id such as Qwen/Qwen2.5-0.5B-Instruct")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {model} has no EOS token: answers could never end; set tokenizer.eos_token")
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
+    if gradient_checkpointing:
+        lm.gradient_checkpointing_enable()
+        lm.enable_input_require_grads()
+    return lm, tokenizer
+
+
+def add_lora(lm, rank: int = 16, targets: Literal["all", "attention"] = "all", adapters: Literal["shared", "separate"] = "shared"):
+    """LoRA (alpha = 2 rank, no dropout) on every linear layer but the head, or on attention only as in the papers.
+
+    adapters="separate" gives each role its own; rank 0 trains all weights instead.
+    """
+    if rank == 0:
+        return lm
+    names = [SHARED] if adapters == "shared" else list(ROLES)
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, task_type="CAUSAL_LM",
+        target_modules="all-linear" if targets == "all" else ATTENTION_ONLY,
+    )  # fmt: skip
+    model = get_peft_model(lm, config, adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    _train_all_adapters(model)
+    return model
+
+
+def _train_all_adapters(model: PeftModel) -> None:
+    """peft switches off the gradient of every adapter but the active one; roles share a batch, so all must train."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def use_adapter(model, name: str) -> None:
+    """Routes the next forward through adapter `name`, leaving requires_grad alone."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module._active_adapter = [name]
+
+
+def is_separate(model) -> bool:
+    return isinstance(model, PeftModel) and SHARED not in model.peft_config
+
+
+def lm_of(model):
+    """The causal LM inside a PeftModel, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def hidden_states(model, input_ids: Tensor, level: Tensor | None = None, precision: str = "fp32") -> Tensor:
+    """Final-layer normed hidden states (B, T, D) of right-padded ids (B, T); level (B,) picks among separate adapters.
+
+    Right padding follows every real token and attention is causal, so no mask is needed and the fast kernel is used.
+    precision="bf16" runs the matrix products in bfloat16; the result is in the dtype of the head.
+    """
+    lm = lm_of(model)
+    trunk, dtype = getattr(lm, lm.base_model_prefix), lm.get_output_embeddings().weight.dtype
+    with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=precision == "bf16" and dtype == torch.float32):
+        if not is_separate(model):
+            return trunk(input_ids=input_ids, use_cache=False).last_hidden_state.to(dtype)
+        parts, order = [], []
+        for index, name in enumerate(ROLES):
+            rows = (level == index).nonzero().squeeze(1)
+            if len(rows):
+                use_adapter(model, name)
+                parts.append(trunk(input_ids=input_ids[rows], use_cache=False).last_hidden_state.to(dtype))
+                order.append(rows)
+        return torch.cat(parts)[torch.cat(order).argsort()]
+
+
+def trainable_state(model) -> dict[str, Tensor]:
+    """The parameters that training changes, for state.pt."""
+    return {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+
+
+# --- acting ---------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Request:
+    """What a role is asked: prompt in, at most max_new_tokens out, drawn with `seed` (ignored when greedy)."""
+
+    role: str
+    prompt: str
+    max_new_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What it said: ids end with EOS unless cut; logprobs are log pi of ids at temperature 1."""
+
+    text: str
+    ids: list[int]
+    logprobs: list[float]
+    prompt_tokens: int
+
+
+class Policy:
+    """Answers requests in one left-padded batch; stops each row at its EOS.
+
+    temperature 0 is greedy. A sampled token is argmax(log pi / temperature + Gumbel noise), and the noise of a row comes from
+    the row's own seed: an episode is the same alone and in any batch.
+    """
+
+    def __init__(self, model, tokenizer, temperature: float = 0.0, planning_ratio: float = 0.7):
+        self.model, self.tokenizer = model, tokenizer
+        self.temperature = dict.fromkeys(ROLES, temperature * planning_ratio) | {"executor": temperature}
+        self.seconds = 0.0
+
+    def answer(self, requests: list[Request]) -> list[Answer]:
+        if not is_separate(self.model):
+            return self._answer(requests)
+        answers = {}
+        for name in ROLES:
+            if rows := [i for i, r in enumerate(requests) if r.role == name]:
+                use_adapter(self.model, name)
+                answers |= dict(zip(rows, self._answer([requests[i] for i in rows]), strict=True))
+        return [answers[i] for i in range(len(requests))]
+
+    @torch.inference_mode()
+    def _answer(self, requests: list[Request]) -> list[Answer]:
+        began, tokenizer, device = time.perf_counter(), self.tokenizer, next(self.model.parameters()).device
+        bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+        prompts = [bos + tokenizer(r.prompt, add_special_tokens=False).input_ids for r in requests]
+        width, eos = max(map(len, prompts)), tokenizer.eos_token_id
+        ids = torch.tensor([[eos] * (width - len(p)) + p for p in prompts], device=device)  # (B, T)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        position = (mask.cumsum(1) - 1).clamp(min=0)
+        limits = torch.tensor([r.max_new_tokens for r in requests], device=device)
+        temperature = torch.tensor([self.temperature[r.role] for r in requests], device=device)
+        noise = [torch.Generator().manual_seed(r.seed) if t > 0 else None for r, t in zip(requests, temperature, strict=True)]
+        lm, cache, running = lm_of(self.model), None, torch.ones(len(requests), dtype=torch.bool, device=device)
+        tokens, logprobs = [], []
+        for length in range(1, int(limits.max()) + 1):
+            out = lm(
+                input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
+                logits_to_keep=1,
+            )  # fmt: skip
+            cache, logp = out.past_key_values, out.logits[:, -1].float().log_softmax(-1)  # (B, V)
+            token = self._draw(logp, temperature, noise)
+            tokens.append(torch.where(running, token, -1))
+            logprobs.append(logp.gather(1, token[:, None]).squeeze(1))
+            running = running & (token != eos) & (length < limits)
+            if not running.any():
+                break
+            ids, position = token[:, None], position[:, -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        tokens, logprobs = torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist()
+        answers = []
+        for prompt, row, scores in zip(prompts, tokens, logprobs, strict=True):
+            row = [token for token in row if token >= 0]
+            text = tokenizer.decode(row, skip_special_tokens=True)
+            answers.append(Answer(text, row, scores[: len(row)], len(prompt)))
+        self.seconds += time.perf_counter() - began
+        return answers
+
+    @staticmethod
+    def _draw(logp: Tensor, temperature: Tensor, noise: list) -> Tensor:
+        """Gumbel-max: argmax(logp / T + G) is a draw from softmax(logp / T). Greedy rows have no noise."""
+        if not any(noise):
+            return logp.argmax(-1)
+        gumbel = torch.zeros_like(logp, device="cpu")
+        for row, generator in enumerate(noise):
+            if generator is not None:
+                gumbel[row].exponential_(generator=generator).log_().neg_()
+        scaled = torch.where(temperature[:, None] > 0, logp / temperature.clamp(min=1e-6)[:, None], logp)
+        return (scaled + gumbel.to(logp.device)).argmax(-1)
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+def fingerprint(lm, tokenizer) -> str:
+    """Hash of the base weights (a sample of every tensor) and of the tokenizer: an adapter fits only the base it was trained on."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(lm.state_dict().items()):
+        sample = tensor.flatten()[:: max(1, tensor.numel() // 512)].float().cpu().numpy().round(4)
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + sample.tobytes())
+    digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+    return digest.hexdigest()
+
+
+def save_policy(model, folder: Path, meta: dict) -> None:
+    """Writes folder/adapter (a plain PEFT folder per adapter, or the whole model when rank is 0) and folder/policy.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder / "adapter")
+    (folder / "policy.json").write_text(json.dumps(meta, indent=2) + "\n")
+
+
+def load_policy(folder: Path, device: str = "cpu", trainable: bool = False):
+    """(model, tokenizer, meta) of a checkpoint folder; refuses a base other than the one the adapter was trained on."""
+    folder = Path(folder)
+    if not (folder / "policy.json").exists():
+        raise ValueError(f"no checkpoint at {folder}: train one with train_sft.py, or give a folder that holds policy.json")
+    meta = json.loads((folder / "policy.json").read_text())
+    lm, tokenizer = load_backbone(meta["model"], device)
+    if (found := fingerprint(lm, tokenizer)) != meta["base"]:
+        raise ValueError(f"{folder} was trained on base {meta['base']}, but {meta['model']} is {found}: load that base or train again")
+    if meta["rank"] == 0:
+        model = AutoModelForCausalLM.from_pretrained(folder / "adapter", dtype=lm.dtype).to(device)
+    else:
+        names = [SHARED] if meta["adapters"] == "shared" else list(ROLES)
+        model = PeftModel.from_pretrained(lm, folder / "adapter" / names[0], adapter_name=names[0], is_trainable=trainable)
+        for name in names[1:]:
+            model.load_adapter(folder / "adapter" / name, adapter_name=name, is_trainable=trainable)
+        if trainable:
+            _train_all_adapters(model)
+    return model.train(trainable), tokenizer, meta
+
+
+def file_hash(folder: Path) -> str:
+    """Hash of every file below `folder`: names a checkpoint in results/test_log.jsonl."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
+        digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return digest.hexdigest()

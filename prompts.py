@@ -1,0 +1,87 @@
+"""Every prompt as text, beside the parser of its answer; one builder serves training and acting.
+
+Three roles on one backbone, told apart by the first words of the prompt (STEP-HRL, arXiv:2604.05808, sec. 3):
+    planner   g_k ~ pi^h(. | task, finished subtasks, final progress, obs)
+    executor  (a_t, done_t) ~ pi^l(. | subtask, progress, obs)
+    progress  p_{t+1} ~ pi^p(. | subtask, progress, a_t, feedback)
+"""
+
+import re
+
+SEPARATOR = "\n\n"  # envs.OBS_SEPARATOR: feedback, room, inventory
+NO_PROGRESS = "None"
+NOT_UNDERSTOOD = ("No known action matches that input", "Unknown action", "Nothing happens")  # what the worlds say to an invalid action
+
+
+# --- observations ---------------------------------------------------------------------------------------------------
+def split_obs(obs: str) -> tuple[str, str, str]:
+    """A raw observation as (feedback of the last action, room, inventory), each compacted for the prompt."""
+    feedback, room, inventory = (obs.split(SEPARATOR) + ["", ""])[:3]
+    return compact(feedback), compact(room), compact(inventory)
+
+
+_RULES = [
+    (r"\n\t(?:the agent|a substance called air)(?=\n|$)", ""),  # in every room, says nothing
+    (r"(?:This room|This outside location) is called (?:the )?([^.]*)\. (?:In it|Here),? you see: ?", r"\1:"),
+    (r"In your inventory, you see: ?", "inventory:"),
+    (r"\nYou also see:", "\ndoors:"),
+    (r"A door to the ([\w ]+) \(that is (open|closed)\)", r"\1 \2"),
+    (r",? which (?:is|are) (?:turned )?(on|off|activated|deactivated|open|closed)\b", r" \1"),
+    (r"\. The [\w ]+ door is (open|closed)\.", r" \1."),
+    (r"\. (?:On|In) the [\w ]+ is: nothing\.", ""),
+    (r"\. (?:On|In) the [\w ]+ is: ", " with "),
+    (r", currently reading a temperature of (-?\d+) degrees celsius", r" reading \1 degrees"),
+    (r"containing nothing", "empty"),
+    (r"a substance called ", ""),
+    (r"((?:^|[:,\t(]|\bwith|containing) ?)(?:an?|the|A) (?=\w)", r"\1"),
+    (r"\. ?(?=[.\n]|$)", ""),
+    (r"\s*\n\t", "; "),
+    (r":; ", ": "),
+    (r"\s*\n+", ". "),
+]
+_COMPILED = [(re.compile(pattern), replacement) for pattern, replacement in _RULES]
+
+
+def compact(text: str) -> str:
+    """ScienceWorld's texts without what is the same everywhere: 138 words of a room become about 60, no object is lost."""
+    for pattern, replacement in _COMPILED:
+        text = pattern.sub(replacement, text)
+    return text.strip(" .,")
+
+
+def render(obs: str) -> str:
+    """The observation block of the planner and the executor: last feedback, room, inventory."""
+    feedback, room, inventory = split_obs(obs)
+    return ". ".join(part for part in ("" if feedback == room else feedback, room, inventory) if part)
+
+
+# --- the three roles ------------------------------------------------------------------------------------------------
+def planner(description: str, memory: str, obs: str) -> str:
+    """State of pi^h; `memory` (progress.py) tells what happened so far."""
+    return f"Plan the next subtask.\nTask: {compact(description)}\n{memory}\nObservation: {render(obs)}\nSubtask:"
+
+
+def executor(subtask: str, memory: str, obs: str) -> str:
+    """State of pi^l. It never sees the task, so skills carry over between tasks."""
+    return f"Act on the subtask and say if it is then done.\nSubtask: {subtask}\n{memory}\nObservation: {render(obs)}\nAction:"
+
+
+def progress(subtask: str, previous: str, action: str, feedback: str) -> str:
+    """State of pi^p: what the last action brought is folded into the previous local progress."""
+    return (
+        f"Update the progress of the subtask.\nSubtask: {subtask}\nProgress: {previous}\n"
+        f"Action: {action}\nResult: {compact(feedback)}\nProgress:"
+    )
+
+
+# --- the answers ----------------------------------------------------------------------------------------------------
+def executor_answer(action: str, done: bool) -> str:
+    return f" {action}; {done}"
+
+
+def parse_executor(text: str) -> tuple[str, bool, bool]:
+    """'<action>; True|False' -> (action, claimed_done, parsed). An answer of another form is played as it is and counted."""
+    match = re.fullmatch(r"\s*(.*?)\s*;\s*(true|false)\s*", text, flags=re.IGNORECASE | re.DOTALL)
+    if match is None or not match[1]:
+        return text.strip() or "none", False, False
+    return match[1], match[2].lower() == "true", True

@@ -1,0 +1,107 @@
+"""A run: its folder, seed, device, config.json with provenance, metrics.csv, atomic state for --resume.
+
+out/<name>/ holds config.json, metrics.csv (step,metric,value), state.pt (all that --resume needs) and what the script exports
+(adapter/, policy.json, critic.safetensors). What this file does not do: know any algorithm.
+"""
+
+import csv
+import dataclasses
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+PACKAGES = ("torch", "transformers", "peft", "numpy", "scienceworld", "tokenizers")
+
+
+def provenance() -> dict:
+    """Command, commit, versions and hardware: saved with every run and every result."""
+    root = Path(__file__).parent
+    git = ["git", "-C", str(root)]
+    commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip() or "none"
+    if subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip():
+        commit += "+changes"
+    script = Path(sys.argv[0]).name or "python"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return {
+        "command": " ".join(["python", script, *sys.argv[1:]]),
+        "commit": commit,
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "hardware": gpu or f"{os.cpu_count()} x {_cpu_name()}, {torch.get_num_threads()} threads",
+    }
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def pick_device(device: str = "auto") -> str:
+    """"auto" is CUDA when there is one."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def seed_everything(seed: int) -> None:
+    """Python, NumPy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+class Run:
+    """The folder of one training run. `resume` continues a run that was interrupted; a finished folder is never overwritten."""
+
+    def __init__(self, folder: Path, config, resume: bool = False):
+        self.folder, self.config = Path(folder), config
+        if (self.folder / "config.json").exists() and not resume:
+            raise ValueError(f"{self.folder} already holds a run: add --resume to go on with it, or choose another --out")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        seed_everything(config.seed)
+        record = dataclasses.asdict(config) | {"provenance": provenance()}
+        text = json.dumps(record, indent=2, default=str)
+        (self.folder / "config.json").write_text(text + "\n")
+        self.metrics = self.folder / "metrics.csv"
+        if not self.metrics.exists():
+            self.metrics.write_text("step,metric,value\n")
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        with self.metrics.open("a", newline="") as file:
+            csv.writer(file).writerows((step, name, f"{value:.6g}") for name, value in metrics.items())
+
+    def save_state(self, step: int, **state) -> None:
+        """Writes state.pt in one move, so that a crash leaves the last whole state."""
+        state |= {"step": step, "torch_rng": torch.get_rng_state()}
+        part = self.folder / "state.part"
+        torch.save(state, part)
+        part.replace(self.folder / "state.pt")
+
+    def load_state(self) -> dict | None:
+        """The last saved state (tensors and plain values only: nothing is unpickled), or None at a fresh start.
+
+        Metrics logged after that state are dropped: the steps that made them are done again.
+        """
+        path = self.folder / "state.pt"
+        if not path.exists():
+            return None
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        torch.set_rng_state(state["torch_rng"])
+        rows = list(csv.reader(self.metrics.open()))
+        kept = [row for row in rows[1:] if int(row[0]) <= state["step"]]
+        with self.metrics.open("w", newline="") as file:
+            csv.writer(file).writerows([rows[0], *kept])
+        return state
+
+
+def fail(error: Exception) -> None:
+    """Ends a script with a one-line message: what was wrong and what to do."""
+    raise SystemExit(f"error: {error}") from None

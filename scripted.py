@@ -1,0 +1,93 @@
+"""Players without a model: the simulator's gold path, exploration (text for base/), and uniformly random valid actions."""
+
+import random
+import re
+from collections.abc import Callable, Iterator
+
+import prompts
+from data import Episode, Turn
+from envs import EnvPool, StepResult
+from hierarchy import episode_seed
+
+# Exploration: template -> weight; A is a thing in view, I a thing held. A wrong `focus on` ends the episode, so it is never explored.
+TEMPLATES = {
+    "go": 8, "look around": 2, "pick up A": 6, "put down I": 1, "open A": 3, "close A": 1, "activate A": 3, "deactivate A": 2,
+    "look at A": 2, "look in A": 2, "examine A": 2, "move I to A": 3, "move A to A": 1, "pour I into A": 2, "pour A into A": 1,
+    "use I on A": 2, "mix A": 2, "connect A to A": 1, "dunk I into A": 1, "read A": 1, "wait1": 1, "wait": 0.5, "inventory": 0.5,
+}  # fmt: skip
+
+
+def play(
+    pool: EnvPool, panel: list[tuple[str, int]], env: str, source: str, choose: Callable, look_up: str = "", gold: bool = False
+) -> Iterator[Episode]:
+    """Plays `panel` in lockstep with choose(episode so far, now, extra) -> action, or None to stop; yields episodes as they end.
+
+    extra: the answer of the world's method `look_up` before each action, or the gold path of the episode.
+    """
+    waiting, running, extra = list(reversed(panel)), {}, {}
+    while waiting or running:
+        free = [slot for slot in range(pool.size) if slot not in running][: len(waiting)]
+        starts = {slot: waiting.pop() for slot in free}
+        if gold:
+            extra |= pool.call({slot: ("gold_path", *episode) for slot, episode in starts.items()})
+        for slot, now in pool.call({slot: ("reset", *episode) for slot, episode in starts.items()}).items():
+            running[slot] = (Episode(env, *starts[slot], now.description, source=source), now)
+        if look_up:
+            extra = pool.call({slot: (look_up,) for slot in running})
+        actions = {slot: choose(*running[slot], extra.get(slot)) for slot in sorted(running)}
+        results = pool.call({slot: ("step", action) for slot, action in actions.items() if action is not None})
+        for slot in sorted(running):
+            episode, now = running[slot]
+            if slot in results:
+                after: StepResult = results[slot]
+                episode.turns.append(Turn(now.obs, actions[slot], "", after.reward, after.terminated, after.truncated))
+                running[slot] = (episode, now := after)
+            if slot not in results or now.terminated or now.truncated:
+                episode.final_obs, episode.score, episode.success = now.obs, now.score, now.success
+                yield running.pop(slot)[0]
+
+
+def play_gold(pool: EnvPool, panel: list, env: str) -> Iterator[Episode]:
+    """Replays the simulator's own solutions. Actions after completion are dropped, since the episode is over by then."""
+
+    def choose(episode: Episode, now: StepResult, path: list[str]) -> str | None:
+        return path[len(episode.turns)] if len(episode.turns) < len(path) else None
+
+    return play(pool, panel, env, "expert", choose, gold=True)
+
+
+def play_random(pool: EnvPool, panel: list, env: str, seed: int) -> Iterator[Episode]:
+    """Uniform over the valid actions of the moment (slow: the simulator lists them all)."""
+
+    def choose(episode: Episode, now: StepResult, valid: list[str]) -> str:
+        return random.Random(episode_seed(seed, episode.task, episode.variation, len(episode.turns), "random")).choice(valid)
+
+    return play(pool, panel, env, f"random-{seed}", choose, look_up="valid_actions")
+
+
+def visible_names(text: str) -> list[str]:
+    """Names of the things in a compacted room or inventory, states left out."""
+    parts = re.split(r"[;,()]| with |containing |: ", text.split(". doors:")[0].partition(": ")[2])
+    states = r"\b(nothing|on|off|open|closed|empty|activated|deactivated|reading -?\d+ degrees|disconnected)\b.*"
+    return [name for part in parts if (name := re.sub(states, "", part).strip(" ."))]
+
+
+def play_explore(pool: EnvPool, panel: list, env: str, seed: int) -> Iterator[Episode]:
+    """Random actions on things in view: text about the world without any gold action."""
+
+    def choose(episode: Episode, now: StepResult, _) -> str:
+        rng = random.Random(episode_seed(seed, episode.task, episode.variation, len(episode.turns), "explore"))
+        _, room, inventory = prompts.split_obs(now.obs)
+        held = visible_names(inventory)
+        names = visible_names(room) + held or ["air"]
+        template = rng.choices(list(TEMPLATES), list(TEMPLATES.values()))[0]
+        if template == "go":
+            doors = re.findall(r"([\w ]+) (open|closed)(?:;|$)", room.partition("doors: ")[2])
+            if not doors:
+                return "look around"
+            door, state = rng.choice(doors)
+            return f"go to {door.strip()}" if state == "open" else f"open door to {door.strip()}"
+        action = re.sub(r"\bI\b", lambda _: rng.choice(held or names), template)
+        return re.sub(r"\bA\b", lambda _: rng.choice(names), action)
+
+    return play(pool, panel, env, f"explore-{seed}", choose)

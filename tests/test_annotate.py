@@ -1,0 +1,483 @@
+"""annotate.py: the rules on real gold paths of every type, the judge, the checks, a teacher behind HTTP."""
+
+import copy
+import json
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from annotate import MAX_ACTIONS, ChatTeacher, ambiguity, annotate, check, judge, leaks, progress_text, split
+from data import Episode, Turn, write_episodes
+
+ROOT = Path(__file__).parent.parent
+HALLWAY = (
+    "This room is called the hallway. In it, you see: \n\tthe agent\nYou also see:\n\tA door to the kitchen"
+)
+KITCHEN = "This room is called the kitchen. In it, you see: \n\ta cupboard. The cupboard door is closed. "
+KITCHEN += "\n\ta thermometer"
+OPENED = KITCHEN.replace("closed", "open").replace(
+    "\n\ta therm", " In the cupboard is: a metal pot.\n\ta therm"
+)
+
+
+def obs(feedback: str, room: str = KITCHEN, *held: str) -> str:
+    return "\n\n".join(
+        [feedback, room, "In your inventory, you see:\n" + "".join(f"\ta {item}\n" for item in held)]
+    )
+
+
+def small_episode() -> Episode:
+    """Six actions, three subtasks; no simulator needed."""
+    steps = [
+        ("open door to kitchen", obs(HALLWAY, HALLWAY)),
+        ("go to kitchen", obs("The door is now open.", HALLWAY)),
+        ("look around", obs("You move to the kitchen.")),
+        ("pick up thermometer", obs(KITCHEN)),
+        ("open cupboard", obs("You move the thermometer to the inventory.", KITCHEN, "thermometer")),
+        ("pick up metal pot", obs("The cupboard is now open.", OPENED, "thermometer")),
+    ]
+    turns = [Turn(before, action, "", 0.0, False, False) for action, before in steps]
+    turns[-1].terminated = True
+    last = obs("You move the metal pot to the inventory.", OPENED, "metal pot", "thermometer")
+    task = "Your task is to find a pot."
+    return Episode("scienceworld", "toy", 0, task, turns, [], last, 100, True)
+
+
+@pytest.fixture(scope="module")
+def gold() -> dict[str, Episode]:
+    """One raw gold episode per task type, played in the real simulator; one of the slow mendelian types."""
+    from scienceworld_env import ScienceWorld
+
+    world, episodes = ScienceWorld(max_steps=10_000), {}
+    try:
+        for task in world.tasks:
+            if task == "mendelian-genetics-unknown-plant":
+                continue
+            actions, turns = world.gold_path(0, task, 1), []
+            result = world.reset(0, task, 1)
+            for action in actions:
+                before, result = result.obs, world.step(0, action)
+                turns.append(Turn(before, action, "", result.reward, result.terminated, result.truncated))
+                if result.terminated:
+                    break
+            episodes[task] = Episode("scienceworld", task, 1, result.description, turns)
+            episodes[task].final_obs, episodes[task].success = result.obs, result.success
+    finally:
+        world.close()
+    return episodes
+
+
+# --- rules ----------------------------------------------------------------------------------------------
+def test_small_episode_by_hand():
+    raw = small_episode()
+    before = copy.deepcopy(raw)
+    episode = annotate(raw)
+    assert raw == before, "the input must not change"
+    assert [(s.subtask, s.start, s.end) for s in episode.segments] == [
+        ("explore the kitchen", 0, 3),
+        ("get the thermometer", 3, 4),
+        ("get the metal pot", 4, 6),
+    ]
+    assert [t.progress for t in episode.turns] == [
+        *("None", "The door to kitchen is open.", "In the kitchen.", "None", "None", "The cupboard is open.")
+    ]
+    assert [t.claimed_done for t in episode.turns] == [t.verified_done for t in episode.turns]
+    assert [i for i, t in enumerate(episode.turns) if t.verified_done] == [2, 3, 5]
+    assert episode.segments[-1].final_progress == "Got the metal pot."
+    assert check(episode) == []
+
+
+def test_turns_after_the_end_are_dropped():
+    raw = small_episode()
+    raw.turns.append(Turn(raw.final_obs, "look around", "", 0.0, False, False))
+    raw.final_obs = obs("too late")
+    episode = annotate(raw)
+    assert len(episode.turns) == 6 and episode.final_obs == small_episode().final_obs and check(episode) == []
+
+
+def test_annotating_twice_gives_the_same():
+    once = annotate(small_episode())
+    assert annotate(once) == once
+
+
+def test_gold_paths_of_all_types_pass_every_check(gold):
+    assert len(gold) == 29
+    for task, raw in gold.items():
+        episode = annotate(raw)
+        assert check(episode) == [], task
+        assert [t.action for t in episode.turns] == [t.action for t in raw.turns][: len(episode.turns)]
+        spans = [i for s in episode.segments for i in range(s.start, s.end)]
+        assert spans == list(range(len(episode.turns))), task
+        assert max(s.end - s.start for s in episode.segments) <= MAX_ACTIONS
+
+
+def test_texts_stay_short_however_long_the_episode(gold):
+    episodes = [annotate(e) for e in gold.values()]
+    assert max(len(e.turns) for e in episodes) > 60
+    assert max(len(t.progress.split()) for e in episodes for t in e.turns) <= 25
+    assert max(len(s.subtask.split()) for e in episodes for s in e.segments) <= 20
+
+
+def test_the_judge_agrees_at_nearly_every_segment_end(gold):
+    for task, raw in gold.items():
+        episode = annotate(raw)
+        following = [s.subtask for s in episode.segments[1:]] + [None]
+        ends = [
+            episode.turns[s.end - 1].verified_done
+            for s, after in zip(episode.segments, following, strict=True)
+            if after not in (None, s.subtask)  # cut by the end of the episode, or by the cap
+        ]
+        assert sum(ends) >= 0.9 * len(ends), task
+        early = [
+            i for s in episode.segments for i in range(s.start, s.end - 1) if episode.turns[i].verified_done
+        ]
+        assert early == [], task
+
+
+def test_prefixes_with_equal_pasts_have_equal_progress(gold):
+    assert leaks([annotate(e) for e in gold.values()]) == []
+    for raw in list(gold.values())[::7]:  # progress must not change when the future is cut away
+        whole, cut = annotate(raw), copy.deepcopy(raw)
+        middle = len(raw.turns) // 2
+        cut.turns, cut.final_obs = raw.turns[:middle], raw.turns[middle].obs
+        for a, b in zip(whole.turns, annotate(cut).turns, strict=False):
+            assert a.subtask != b.subtask or a.progress == b.progress
+
+
+def test_a_long_wait_is_cut_into_groups_of_the_cap():
+    lines = obs("You decide to wait for 1 iterations.")
+    groups = split("wait", ["wait1"] * 30 + ["look around"], [lines] * 31 + [obs(KITCHEN)])
+    assert groups == [
+        ("wait and look around", 0, 12),
+        ("wait and look around", 12, 24),
+        ("wait and look around", 24, 31),
+    ]
+
+
+def test_a_walk_is_cut_where_it_takes_a_detour():
+    rooms = ["hallway", "living room", "hallway", "workshop"]
+    seen = [obs("", f"This room is called the {room}. In it, you see: ") for room in rooms]
+    actions = [f"go to {room}" for room in rooms[1:]]
+    assert split("", actions, seen) == [("go to the living room", 0, 1), ("go to the workshop", 1, 3)]
+
+
+# --- progress -------------------------------------------------------------------------------------------
+def test_progress_text_is_pure():
+    inputs = [
+        ("get the metal pot", "None", "open cupboard", "The cupboard is now open."),
+        (
+            "cool the water",
+            "Temperature: 10 degrees celsius.",
+            "wait",
+            "You decide to wait for 10 iterations.",
+        ),
+    ]
+    first = [progress_text(*i) for i in inputs]
+    progress_text("go to the kitchen", "In the hallway.", "go to kitchen", "You move to the kitchen.")
+    assert [progress_text(*i) for i in reversed(inputs)] == first[::-1]
+    assert first == ["The cupboard is open.", "Temperature: 10 degrees celsius. Waited once."]
+
+
+def test_progress_counts_waits_and_stays_of_one_size():
+    text = "None"
+    for _ in range(40):
+        text = progress_text("wait and look around", text, "wait1", "You decide to wait for 1 iterations.")
+    assert text == "Waited twelve times."
+
+
+@pytest.mark.parametrize(
+    "action, feedback, fact",
+    [
+        (
+            "activate sink",
+            "The sink appears broken, and can't be activated or deactivated.",
+            "The sink is broken.",
+        ),
+        (
+            "use thermometer in inventory on ice",
+            "the thermometer measures a temperature of -5 degrees celsius",
+            "-5 degrees",
+        ),
+        ("examine stopwatch", "a stopwatch, which is deactivated. The time reads 22 ticks.", "22 ticks"),
+        ("mix jug", "Blue and yellow paint mix to produce green paint.", "green paint"),
+        ("go to foundry", "You move to the foundry.", "foundry"),
+    ],
+)
+def test_progress_carries_what_decides_the_next_step(action, feedback, fact):
+    assert fact in progress_text("x", "None", action, feedback)
+
+
+# --- judge ----------------------------------------------------------------------------------------------
+CASES = [  # subtask, an observation that completes it, near misses that do not
+    ("go to the kitchen", obs("You move to the kitchen."), [obs("You move to the hallway.", HALLWAY)]),
+    ("explore the kitchen", obs(KITCHEN), [obs("You move to the kitchen."), obs(HALLWAY, HALLWAY)]),
+    (
+        "get the metal pot",
+        obs("You move the metal pot to the inventory.", KITCHEN, "metal pot"),
+        [
+            obs("You move the tin cup to the inventory.", KITCHEN, "tin cup", "metal pot"),
+            obs("You move the metal pot to the inventory.", KITCHEN, "tin cup"),
+            obs("The cupboard is now open.", KITCHEN, "metal pot"),
+        ],
+    ),
+    (
+        "focus on the blue jay egg",
+        obs("You focus on the blue jay egg."),
+        [
+            obs("You focus on the dove egg."),
+            obs("You focus on the blue box."),
+            obs("You move the blue jay egg to the box."),
+        ],
+    ),
+    (
+        "put the dove egg in the red box",
+        obs("You move the dove to the red box."),
+        [obs("You move the dove to the green box."), obs("You move the jay to the red box.")],
+    ),
+    (
+        "fill the metal pot at the sink",
+        obs(
+            "You move the metal pot to the inventory.",
+            KITCHEN,
+            "metal pot (containing a substance called water)",
+        ),
+        [
+            obs("You move the metal pot to the inventory.", KITCHEN, "metal pot (containing nothing)"),
+            obs("The sink is now activated."),
+        ],
+    ),
+    ("fill the metal pot at the sink", obs("The sink appears broken, and can't be activated."), []),
+    (
+        "connect the battery and red light bulb with the black and blue wires",
+        obs("terminal 2 on blue wire is now connected to anode on red light bulb"),
+        [
+            obs("terminal 2 on black wire is now connected to cathode on red light bulb"),
+            obs("cathode on battery is now connected to terminal 1 on blue wire"),
+        ],
+    ),
+    (
+        "measure the temperature of the water",
+        obs("the thermometer measures a temperature of 9 degrees"),
+        [obs("water"), obs(KITCHEN + ", reading a temperature of 9 degrees")],
+    ),
+    (
+        "wait for the adult turtle",
+        obs("You decide to wait for 1 iterations.", KITCHEN + "\n\ta adult turtle"),
+        [
+            obs("You decide to wait for 1 iterations.", KITCHEN + "\n\ta juvenile turtle\n\ta adult wolf"),
+            obs(KITCHEN + "\n\ta adult turtle", KITCHEN + "\n\ta adult turtle"),
+        ],
+    ),
+    (
+        "drop the aluminum foil",
+        obs("You move the aluminum foil to the kitchen."),
+        [obs("You move the aluminum foil to the red box.")],
+    ),
+]
+
+
+@pytest.mark.parametrize("subtask, complete, near_misses", CASES, ids=[c[0] for c in CASES])
+def test_judge_accepts_the_completion_and_refuses_near_misses(subtask, complete, near_misses):
+    assert judge(subtask, complete)
+    assert [judge(subtask, miss) for miss in near_misses] == [False] * len(near_misses)
+
+
+@pytest.mark.parametrize(
+    "subtask", ["", "win the game", "try another action", "please get the metal pot quickly", "go"]
+)
+def test_judge_never_accepts_a_subtask_of_unknown_form(subtask):
+    assert not judge(subtask, obs("You move the metal pot to the inventory.", KITCHEN, "metal pot"))
+
+
+# --- check ----------------------------------------------------------------------------------------------
+def _rename(episode: Episode, segment: int, name: str) -> None:
+    s = episode.segments[segment]
+    s.subtask = name
+    for turn in episode.turns[s.start : s.end]:
+        turn.subtask = name
+
+
+FAULTS = {
+    "a subtask names an unseen thing": (
+        lambda e: _rename(e, 1, "get the unicorn"),
+        "has not seen ['unicorn']",
+    ),
+    "a subtask looks ahead": (lambda e: _rename(e, 0, "explore the cupboard"), "has not seen ['cupboard']"),
+    "progress names an unseen thing": (
+        lambda e: setattr(e.turns[5], "progress", "The unicorn is open."),
+        "['unicorn']",
+    ),
+    "progress leaks the future": (
+        lambda e: setattr(e.turns[2], "progress", "In the kitchen, cupboard."),
+        "['cupboard']",
+    ),
+    "progress not by the rules": (
+        lambda e: setattr(e.turns[2], "progress", "In the kitchen now."),
+        "not progress_text",
+    ),
+    "progress is missing": (lambda e: setattr(e.segments[1], "final_progress", ""), "not progress_text"),
+    "groups overlap": (lambda e: setattr(e.segments[1], "start", 2), "do not follow"),
+    "groups leave a gap": (lambda e: setattr(e.segments[0], "end", 2), "do not follow"),
+    "groups end too early": (lambda e: e.segments.pop(), "cover 4 of 6"),
+    "a turn carries another subtask": (lambda e: setattr(e.turns[1], "subtask", "wait"), "does not carry"),
+    "the last action is not claimed": (
+        lambda e: setattr(e.turns[3], "claimed_done", False),
+        "does not carry",
+    ),
+    "a verdict is invented": (lambda e: setattr(e.turns[0], "verified_done", True), "does not carry"),
+    "a subtask is not complete at its end": (
+        lambda e: _rename(e, 1, "focus on the thermometer"),
+        "not complete at its end",
+    ),
+    "a subtask is complete before its end": (
+        lambda e: _rename(e, 0, "go to the kitchen"),
+        "complete already",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_check_catches(fault):
+    episode = annotate(small_episode())
+    plant, expected = FAULTS[fault]
+    plant(episode)
+    assert any(expected in problem for problem in check(episode)), check(episode)
+
+
+def test_check_catches_a_group_above_the_cap():
+    episode = annotate(small_episode())
+    turn = episode.turns[3]
+    episode.turns[3:4] = [copy.deepcopy(turn) for _ in range(MAX_ACTIONS + 1)]
+    episode.segments[1].end += MAX_ACTIONS
+    episode.segments[2].start += MAX_ACTIONS
+    episode.segments[2].end += MAX_ACTIONS
+    assert any(f"with 1 to {MAX_ACTIONS} actions" in problem for problem in check(episode))
+
+
+def test_another_teachers_wording_passes_only_without_the_rules():
+    episode = annotate(small_episode())
+    episode.turns[1].progress = "Opened the door to the kitchen."
+    assert check(episode, rules=False) == [] and len(check(episode)) == 1
+
+
+def test_leaks_are_found_between_episodes():
+    one, other = annotate(small_episode()), annotate(small_episode())
+    assert leaks([one, other]) == []
+    other.turns[2].progress = "Soon there will be a pot."
+    assert len(leaks([one, other])) == 1
+
+
+def test_ambiguity_by_hand():
+    one, two, three = (annotate(small_episode()) for _ in range(3))
+    assert ambiguity([one, two], "executor") == ambiguity([one, two], "planner") == 0
+    three.turns[3].action = "focus on thermometer"  # 1 of 18 actions differs from the majority
+    _rename(three, 2, "open the cupboard")  # 1 of 9 subtasks; its two turns become prompts of their own
+    assert ambiguity([one, two, three], "executor") == pytest.approx(1 / 18)
+    assert ambiguity([one, two, three], "planner") == pytest.approx(1 / 9)
+
+
+# --- command line ---------------------------------------------------------------------------------------
+def run(path: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "annotate.py", str(path)], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_command_line_reports_per_type_and_fails_on_problems(tmp_path):
+    good, bad = small_episode(), small_episode()
+    write_episodes(tmp_path / "good.jsonl", [good])
+    done = run(tmp_path / "good.jsonl")
+    assert done.returncode == 0 and "toy" in done.stdout and "100.00%" in done.stdout, (
+        done.stdout + done.stderr
+    )
+    bad.turns[4].obs = bad.turns[4].obs.replace("You move the thermometer", "You drop the thermometer")
+    write_episodes(tmp_path / "bad.jsonl", [bad])
+    done = run(tmp_path / "bad.jsonl")
+    assert done.returncode == 1 and "not complete at its end" in done.stderr, done.stdout + done.stderr
+
+
+# --- a teacher behind an endpoint -----------------------------------------------------------------------
+GROUPS = [
+    {"subtask": "explore the kitchen", "actions": 3},
+    {"subtask": "get the thermometer", "actions": 1},
+    {"subtask": "get the metal pot", "actions": 2},
+]
+
+
+@pytest.fixture
+def endpoint():
+    """serve(groups, note): a stub of /chat/completions; returns its url and the list of requests it gets."""
+    servers = []
+
+    def serve(groups: str, note: str) -> tuple[str, list[dict]]:
+        requests = []
+
+        class Stub(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                requests.append(body | {"path": self.path, "key": self.headers["Authorization"]})
+                content = groups if "JSON" in body["messages"][0]["content"] else note
+                answer = json.dumps({"choices": [{"message": {"content": content}}]}).encode()
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(answer)
+
+            def log_message(self, *args):
+                pass
+
+        server = HTTPServer(("127.0.0.1", 0), Stub)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}/v1", requests
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_good_teacher_is_accepted(endpoint, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    url, requests = endpoint(f"Here it is: {json.dumps(GROUPS)}", "That is done.")
+    episode = annotate(small_episode(), teacher=ChatTeacher(url, "stub"))
+    assert [s.subtask for s in episode.segments] == [g["subtask"] for g in GROUPS]
+    assert [t.progress for t in episode.turns] == [
+        "None",
+        "That is done.",
+        "That is done.",
+        "None",
+        "None",
+        "That is done.",
+    ]
+    assert len(requests) == 1 + 6  # one split, one text per action
+    assert {(r["path"], r["key"], r["model"]) for r in requests} == {
+        ("/v1/chat/completions", "Bearer secret", "stub")
+    }
+
+
+@pytest.mark.parametrize(
+    "groups, note, problem",
+    [
+        ("I cannot do that.", "Done.", "not the JSON list"),
+        (json.dumps(GROUPS[:2]), "Done.", "all 6 actions"),
+        (json.dumps([GROUPS[0] | {"subtask": "win", "actions": 6}]), "Done.", "['win']"),
+        (json.dumps(GROUPS), "The unicorn is next.", "['unicorn']"),
+    ],
+)
+def test_a_bad_answer_is_refused_with_its_problem(endpoint, groups, note, problem):
+    url, requests = endpoint(groups, note)
+    with pytest.raises(ValueError, match="gave no valid labels") as error:
+        annotate(small_episode(), teacher=ChatTeacher(url, "stub"))
+    assert problem in str(error.value)
+    asked = [r["messages"][0]["content"] for r in requests if "JSON" in r["messages"][0]["content"]]
+    assert len(asked) == 3 and "was refused" not in asked[0] and problem in asked[1]
+
+
+def test_an_endpoint_that_is_down_gives_one_line_with_the_fix():
+    with pytest.raises(ConnectionError, match="start the server, or correct url") as error:
+        annotate(small_episode(), teacher=ChatTeacher("http://127.0.0.1:9/v1", "stub", timeout=1))
+    assert "\n" not in str(error.value)

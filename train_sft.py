@@ -1,0 +1,112 @@
+"""Script: supervised fine-tuning, behaviour cloning of planner, executor and progress on annotated expert episodes.
+
+    L_SFT = -E_D[ (1/n) sum_i log pi(w_i | s, w_<i) ]   (GLIDER, arXiv:2505.19761, eq. 3; STEP-HRL's mean over tokens)
+
+    python train_sft.py --data out/demo/gold.jsonl --out out/demo/sft
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from data import LEVELS, Mixture, Transition, collate, micro_batches, read_episodes, transitions
+from logprob import head_weight, sequence_logprobs
+from model import add_lora, fingerprint, hidden_states, load_backbone, save_policy, trainable_state
+from run import Run, fail, pick_device
+
+
+@dataclass(frozen=True)
+class Config:
+    data: Path  # annotated expert episodes (JSONL from collect.py)
+    out: Path  # run folder
+    model: str = "base"  # backbone: "base", a folder or a hub id
+    history: Literal["progress", "full", "window"] = "progress"  # what a decision is conditioned on
+    adapters: Literal["shared", "separate"] = "shared"  # one adapter for all roles, or one each
+    rank: int = 16  # LoRA rank; 0 trains all weights
+    targets: Literal["all", "attention"] = "all"  # linear layers that get LoRA; the papers use attention only
+    epochs: float = 3.0  # passes over the decisions
+    batch_size: int = 64  # decisions per step
+    lr: float = 3e-3  # peak AdamW step size, decayed linearly to a tenth (papers: 1e-4 for 7-8B)
+    tokens_per_forward: int = 8192  # padded tokens of a micro-batch
+    precision: Literal["bf16", "fp32"] = "bf16"  # of the matrix products; weights stay fp32 on CPU
+    gradient_checkpointing: bool = False  # less memory, more time
+    save_every: int = 100  # steps between states for --resume
+    seed: int = 0
+    threads: int = 2  # CPU threads
+    device: str = "auto"
+    resume: bool = False  # go on with an interrupted run
+
+
+def sft_loss(policy, batch, count: int, precision: str) -> torch.Tensor:
+    """Sum over decisions of the mean token loss, divided by the global count. Padding and prompts carry no loss."""
+    hidden = hidden_states(policy, batch.input_ids, batch.level, precision)  # (B, T, D)
+    weight, bias = head_weight(policy.get_output_embeddings())
+    _, sums = sequence_logprobs(hidden, weight, batch.input_ids, batch.action_mask, bias=bias)  # (B,)
+    return -(sums / batch.action_mask.sum(1)).sum() / count
+
+
+def main(config: Config) -> None:
+    torch.set_num_threads(config.threads)
+    device = pick_device(config.device)
+    run = Run(config.out, config, config.resume)
+    lm, tokenizer = load_backbone(config.model, device, config.gradient_checkpointing)
+    base = fingerprint(lm, tokenizer)
+    policy = add_lora(lm, config.rank, config.targets, config.adapters).train()
+    decisions: list[Transition] = [t for e in read_episodes(config.data) for t in transitions(e, config.history)]
+    sampler = Mixture({"expert": decisions}, {"expert": 1}, config.seed)
+    steps = max(1, round(config.epochs * len(decisions) / config.batch_size))
+    counts = {level: sum(t.level == level for t in decisions) for level in LEVELS}
+    print(f"{len(decisions)} decisions {counts}, {steps} steps on {device}")
+
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0)
+    start = 0
+    if state := run.load_state():
+        policy.load_state_dict(state["policy"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        sampler.load_state_dict(state["sampler"])
+        start = state["step"]
+
+    def save(step: int) -> None:
+        run.save_state(step, policy=trainable_state(policy), optimizer=optimizer.state_dict(), sampler=sampler.state_dict())
+
+    bar, began, step = tqdm(range(start, steps), initial=start, total=steps, desc="sft"), time.time(), start
+    try:
+        for step in bar:
+            rate = min(1.0, (step + 1) / 20) * (1 - 0.9 * step / steps)  # short warm-up, linear decay
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * rate
+            items, loss = sampler.batch(config.batch_size), 0.0
+            for part in micro_batches(items, tokenizer, config.tokens_per_forward):
+                partial = sft_loss(policy, collate(part, tokenizer).to(device), len(items), config.precision)
+                partial.backward()
+                loss += partial.item()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True).item()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step % 10 == 0 or step == steps - 1:
+                bar.set_postfix(loss=f"{loss:.3f}")
+                run.log(step + 1, {"train/loss": loss, "train/grad_norm": norm, "train/lr": config.lr * rate})
+            if (step + 1) % config.save_every == 0:
+                save(step + 1)
+    except KeyboardInterrupt:
+        raise SystemExit(f"stopped at step {step}; go on with --resume") from None
+    save(steps)
+    meta = {
+        "model": config.model, "base": base, "rank": config.rank, "adapters": config.adapters, "history": config.history,
+        "stage": "sft", "steps": steps,
+    }  # fmt: skip
+    save_policy(policy, config.out, meta)
+    print(f"saved {config.out} after {(time.time() - began) / 60:.1f} min")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config))
+    except ValueError as error:
+        fail(error)
