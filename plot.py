@@ -91,7 +91,7 @@ def read_results(folder: Path) -> list[dict]:
 def read_metrics(path: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
     """metrics.csv -> {quantity: {level: [(step, value)]}}."""
     series = defaultdict(lambda: defaultdict(list))
-    for number, row in enumerate(csv.reader(path.open(newline="")), start=1):
+    for number, row in enumerate(csv.reader(path.read_text().splitlines()), start=1):
         if row == ["step", "metric", "value"]:
             continue
         try:
@@ -246,7 +246,7 @@ def page(config: Config) -> str:
         rows = [[escape(cell) for cell in cells(r)] for r in group]
         tables.append(f"<h2>Results: {escape(name)}</h2>{html_table(HEADER, rows)}{score_figure(group)}")
         tables.append(f"<h3>By task type <small>mean score, share solved</small></h3>{type_table(group)}")
-    runs = sorted(config.run.glob("*/metrics.csv"), key=lambda path: path.stat().st_mtime)
+    runs = sorted(config.run.glob("*/metrics.csv"), key=lambda path: (path.stat().st_mtime, path))
     options, articles = viewer(config.run / "episodes", results, config.episodes)
     return Template((Path(__file__).parent / "plot.html").read_text()).substitute(
         title=escape(f"nanoHRL: {config.run.resolve().name}"),

@@ -53,7 +53,7 @@ def segment_card(episode: Episode, index: int, segment: Segment) -> str:
 <h4><small>subtask {index}</small> {escape(segment.subtask)}{ending(episode, segment)}</h4>
 <details><summary>what the planner saw</summary>{seen}</details>
 <ol start="{segment.start + 1}">{items}</ol>
-<p class="handed"><small>handed to the planner</small> {escape(segment.final_progress)}</p>
+<p class="handed"><small>final progress</small> {escape(segment.final_progress)}</p>
 </section>"""
 
 

@@ -1,0 +1,88 @@
+"""Script: the whole pipeline on the demo panel, from gold paths to a table and a report. `make demo` runs it.
+
+gold paths -> SFT -> rollouts of the SFT policy -> offline RL -> evaluation on dev variations -> out/demo/report.html
+
+Every line that it runs is printed and can be typed by hand. An interrupted demo goes on where it stopped; a finished one starts anew.
+"""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+import scripted
+from envs import EnvPool, read_panel
+
+ROOT = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Config:
+    out: Path = Path("out/demo")  # everything the demo makes
+    seed: int = 0  # of training and sampling
+    threads: int = 2  # CPU threads; another number gives other rounding, so another table
+
+
+def stages(c: Config) -> list[tuple[str, str]]:
+    """(file that proves the stage is done, command) in order."""
+    o, common = c.out, f"--threads {c.threads} --seed {c.seed}"
+    evaluate = f"eval.py --panel demo --split dev --out {o} {common}"
+    return [
+        (f"{o}/gold.done", f"collect.py --source gold --panel demo --out {o}/gold.jsonl --workers 2 {common}"),
+        (f"{o}/results/zero-shot.json", f"{evaluate} --agent zero-shot --name zero-shot --limit 8 --max-steps 20"),
+        (f"{o}/sft/policy.json", f"train_sft.py --data {o}/gold.jsonl --out {o}/sft {common}"),
+        (f"{o}/results/sft.json", f"{evaluate} --checkpoint {o}/sft --name sft"),
+        (f"{o}/rollouts.done", f"collect.py --source policy --checkpoint {o}/sft --panel demo --out {o}/rollouts.jsonl {common}"),
+        (
+            f"{o}/orl/policy.json",
+            f"train_orl.py --init {o}/sft --expert {o}/gold.jsonl --rollouts {o}/rollouts.jsonl --out {o}/orl {common}",
+        ),
+        (f"{o}/results/orl.json", f"{evaluate} --checkpoint {o}/orl --name offline-rl"),
+    ]
+
+
+def random_row(c: Config) -> None:
+    """The random agent's row is slow to make, so it is kept in results/; a few of its episodes are replayed to check it."""
+    result = json.loads((ROOT / "results" / "random_demo_dev.json").read_text())
+    panel = read_panel("scienceworld", "demo", "dev")[::13]
+    with EnvPool("scienceworld", len(panel), workers=1, max_steps=result["max_steps"]) as pool:
+        played = {(e.task, e.variation): e.score for e in scripted.play_random(pool, panel, "scienceworld", result["seeds"][0])}
+    recorded = dict(zip(read_panel("scienceworld", "demo", "dev"), result["scores"], strict=True))
+    for episode, score in played.items():
+        if score != recorded[episode]:
+            raise ValueError(f"random agent on {episode}: {score}, recorded {recorded[episode]}; make results/random_demo_dev.json again")
+    (c.out / "results" / "random.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(f"random: {len(played)} of {len(recorded)} recorded episodes replayed with equal scores")
+
+
+def main(config: Config) -> None:
+    if (config.out / "report.html").exists():
+        shutil.rmtree(config.out)
+    config.out.mkdir(parents=True, exist_ok=True)
+    began = time.time()
+    for done, command in stages(config):
+        if Path(done).exists():
+            continue
+        print(f"\n$ python {command}", flush=True)
+        resume = ["--resume"] if "train_" in command and (Path(done).parent / "config.json").exists() else []
+        subprocess.run([sys.executable, *shlex.split(command), *resume], cwd=ROOT, check=True)
+        if done.endswith(".done"):
+            Path(done).touch()
+    random_row(config)
+    subprocess.run([sys.executable, "plot.py", "--run", str(config.out)], cwd=ROOT, check=True)
+    print(f"{(time.time() - began) / 60:.1f} minutes in all; open {config.out}/report.html")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config))
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(error.returncode) from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; `make demo` goes on from here") from None
