@@ -24,6 +24,7 @@ from envs import EnvPool, read_panel
 from hierarchy import Counts, episode_seed, rollout
 from model import Policy, load_policy
 from run import fail, pick_device
+from teacher import ChatTeacher
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Config:
 
 def annotated_gold(pool: EnvPool, panel: list, config: Config) -> Iterator[Episode]:
     """Gold paths that end at score 100, split into subtasks with progress after every step."""
-    teacher = annotate.ChatTeacher(config.teacher_url, config.teacher_model) if config.teacher_url else None
+    teacher = ChatTeacher(config.teacher_url, config.teacher_model) if config.teacher_url else None
     for episode in scripted.play_gold(pool, panel, config.env):
         if episode.success:
             yield annotate.annotate(episode, teacher)

@@ -162,7 +162,7 @@ def transitions(episode: Episode, history: str = "progress", invalid_penalty: fl
     progress   one per update, credited like the action it follows (STEP-HRL); none after the world ended
     """
     if episode.turns and not episode.segments:
-        raise ValueError(f"{episode.id} has no subtasks: annotate it first with `python annotate.py`")
+        raise ValueError(f"{episode.id} has no subtasks: annotate it first (`python collect.py --source gold` does)")
     sampled = {(d.level, d.turn): d for d in episode.decisions}
     result = []
 

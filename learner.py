@@ -135,14 +135,18 @@ class Learner:
             hidden = self.hidden_fn(self.policy, batch.input_ids, level)  # (B, T, D)
             weight, bias = head_weight(self.policy.get_output_embeddings())
             _, logp = sequence_logprobs(hidden, weight, batch.input_ids, batch.action_mask, bias=bias)
-        with torch.no_grad():
-            next_hidden = self.hidden_fn(self.policy, batch.next_ids, level)  # (B, T2, D)
+        next_value = torch.zeros(len(level), device=level.device)  # (B,), 0 where the bootstrap is masked anyway
+        (alive,) = (~batch.terminated).nonzero(as_tuple=True)
+        if len(alive):
+            with torch.no_grad():
+                next_hidden = self.hidden_fn(self.policy, batch.next_ids[alive], level[alive])  # (alive, T2, D)
+            at = next_hidden[torch.arange(len(alive), device=level.device), batch.next_index[alive]]
+            next_value[alive] = critics.target_v(at, level[alive])
 
         # Features are constants of the critic losses: the backbone learns from the actor loss alone.
         state = hidden[rows, batch.state_index].detach()  # (B, D)
         action = hidden[rows, batch.action_index].detach()  # (B, D)
         v, q = critics.v(state, level), critics.q(action, level)  # (B,)
-        next_value = critics.target_v(next_hidden[rows, batch.next_index], level)  # (B,)
         discount = bootstrap_discount(config.gamma, batch.steps, config.discount)
         advantage = (q - v).detach()
         if config.actor == "awr":

@@ -6,6 +6,7 @@ LoRA: arXiv:2106.09685 (peft). What this file does not do: any loss (learner.py)
 
 import hashlib
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +33,15 @@ def load_backbone(model: str, device: str = "cpu", gradient_checkpointing: bool 
     path = str(BASE) if model == "base" else model
     if (model == "base" or "/" not in model or model[0] in "./") and not (Path(path) / "config.json").exists():
         raise ValueError(f"no model at {path}: give a folder with config.json or a hub id such as Qwen/Qwen2.5-0.5B-Instruct")
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
+    except OSError as error:  # transformers says it in several lines
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"cannot load the model {model}: {reason} Give a folder with model and tokenizer, or a hub id") from None
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {model} has no EOS token: answers could never end; set tokenizer.eos_token")
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
     if gradient_checkpointing:
         lm.gradient_checkpointing_enable()
         lm.enable_input_require_grads()
@@ -144,20 +149,26 @@ class Policy:
         self.seconds = 0.0
 
     def answer(self, requests: list[Request]) -> list[Answer]:
-        if not is_separate(self.model):
-            return self._answer(requests)
-        answers = {}
-        for name in ROLES:
-            if rows := [i for i, r in enumerate(requests) if r.role == name]:
-                use_adapter(self.model, name)
-                answers |= dict(zip(rows, self._answer([requests[i] for i in rows]), strict=True))
-        return [answers[i] for i in range(len(requests))]
-
-    @torch.inference_mode()
-    def _answer(self, requests: list[Request]) -> list[Answer]:
-        began, tokenizer, device = time.perf_counter(), self.tokenizer, next(self.model.parameters()).device
+        """One answer per request. Prompts of like length share a batch, whatever their roles, so that little is padding."""
+        began, tokenizer = time.perf_counter(), self.tokenizer
         bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
         prompts = [bos + tokenizer(r.prompt, add_special_tokens=False).input_ids for r in requests]
+        groups = {}  # (adapter, length class) -> rows
+        for row, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
+            adapter = request.role if is_separate(self.model) else SHARED
+            groups.setdefault((adapter, math.ceil(2 * math.log2(len(prompt)))), []).append(row)
+        answers = {}
+        for (adapter, _), rows in sorted(groups.items()):
+            if is_separate(self.model):
+                use_adapter(self.model, adapter)
+            batch = self._answer([requests[i] for i in rows], [prompts[i] for i in rows])
+            answers |= dict(zip(rows, batch, strict=True))
+        self.seconds += time.perf_counter() - began
+        return [answers[row] for row in range(len(requests))]
+
+    @torch.inference_mode()
+    def _answer(self, requests: list[Request], prompts: list[list[int]]) -> list[Answer]:
+        tokenizer, device = self.tokenizer, next(self.model.parameters()).device
         width, eos = max(map(len, prompts)), tokenizer.eos_token_id
         ids = torch.tensor([[eos] * (width - len(p)) + p for p in prompts], device=device)  # (B, T)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -187,7 +198,6 @@ class Policy:
             row = [token for token in row if token >= 0]
             text = tokenizer.decode(row, skip_special_tokens=True)
             answers.append(Answer(text, row, scores[: len(row)], len(prompt)))
-        self.seconds += time.perf_counter() - began
         return answers
 
     @staticmethod
@@ -205,10 +215,13 @@ class Policy:
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 def fingerprint(lm, tokenizer) -> str:
-    """Hash of the base weights (a sample of every tensor) and of the tokenizer: an adapter fits only the base it was trained on."""
+    """Hash of the base weights (a sample of every tensor) and of the tokenizer: an adapter fits only the base it was trained on.
+
+    Weights are compared as bfloat16, so that a base loaded in fp32 (CPU) and in bf16 (CUDA) is the same base.
+    """
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(lm.state_dict().items()):
-        sample = tensor.flatten()[:: max(1, tensor.numel() // 512)].float().cpu().numpy().round(4)
+        sample = tensor.flatten()[:: max(1, tensor.numel() // 512)].bfloat16().float().cpu().numpy()
         digest.update(f"{name}{tuple(tensor.shape)}".encode() + sample.tobytes())
     digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
     return digest.hexdigest()
@@ -239,6 +252,8 @@ def load_policy(folder: Path, device: str = "cpu", trainable: bool = False):
             model.load_adapter(folder / "adapter" / name, adapter_name=name, is_trainable=trainable)
         if trainable:
             _train_all_adapters(model)
+        elif not is_separate(model) and lm.dtype == torch.float32:
+            model = model.merge_and_unload()  # the same function with fewer operations; exact enough in fp32
     return model.train(trainable), tokenizer, meta
 
 

@@ -23,10 +23,8 @@ PACKAGES = ("torch", "transformers", "peft", "numpy", "scienceworld", "tokenizer
 
 def provenance() -> dict:
     """Command, commit, versions and hardware: saved with every run and every result."""
-    root = Path(__file__).parent
-    git = ["git", "-C", str(root)]
-    commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip() or "none"
-    if subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip():
+    commit = _git("rev-parse", "--short=12", "HEAD") or "none"
+    if _git("status", "--porcelain", "-uno"):
         commit += "+changes"
     script = Path(sys.argv[0]).name or "python"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
@@ -36,6 +34,15 @@ def provenance() -> dict:
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "hardware": gpu or f"{os.cpu_count()} x {_cpu_name()}, {torch.get_num_threads()} threads",
     }
+
+
+def _git(*args: str) -> str:
+    """What git says about this folder; "" outside a repository and on a machine without git."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), *args]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def _cpu_name() -> str:
@@ -90,15 +97,16 @@ class Run:
 
         Metrics logged after that state are dropped: the steps that made them are done again.
         """
-        path = self.folder / "state.pt"
-        if not path.exists():
-            return None
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        torch.set_rng_state(state["torch_rng"])
-        rows = list(csv.reader(self.metrics.open()))
-        kept = [row for row in rows[1:] if int(row[0]) <= state["step"]]
+        path, state = self.folder / "state.pt", None
+        if path.exists():
+            state = torch.load(path, weights_only=True, map_location="cpu")
+            torch.set_rng_state(state["torch_rng"])
+        with self.metrics.open(newline="") as file:
+            header, *rows = csv.reader(file)
+        step = state["step"] if state else 0
+        kept = [row for row in rows if len(row) == len(header) and int(row[0]) <= step]  # not a torn last line
         with self.metrics.open("w", newline="") as file:
-            csv.writer(file).writerows([rows[0], *kept])
+            csv.writer(file).writerows([header, *kept])
         return state
 
 

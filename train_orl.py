@@ -50,12 +50,12 @@ def load_decisions(path: Path, history: str, config: Config) -> list[Transition]
 def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
     device = pick_device(config.device)
-    run = Run(config.out, config, config.resume)
     policy, tokenizer, meta = load_policy(config.init, device, trainable=True)
     pools = {name: load_decisions(getattr(config, name), meta["history"], config) for name in ("expert", "rollouts")}
     print({name: len(pool) for name, pool in pools.items()})
     shares = {"expert": config.expert_share, "rollouts": config.rollout_share}
     sampler = Mixture(pools, {name: share for name, share in shares.items() if share > 0}, config.seed)
+    run = Run(config.out, config, config.resume)  # seeds; after the inputs are read, so a wrong path leaves no folder
     critics = Critics(lm_of(policy).config.hidden_size).to(device)
     learner = Learner(policy, critics, lambda m, ids, level: hidden_states(m, ids, level, config.precision), config.rl)
     start = 0

@@ -45,7 +45,7 @@ class Config:
 def sft_loss(policy, batch, count: int, precision: str) -> torch.Tensor:
     """Sum over decisions of the mean token loss, divided by the global count. Padding and prompts carry no loss."""
     hidden = hidden_states(policy, batch.input_ids, batch.level, precision)  # (B, T, D)
-    weight, bias = head_weight(policy.get_output_embeddings())
+    weight, bias = head_weight(policy.get_output_embeddings(), policy.config)
     _, sums = sequence_logprobs(hidden, weight, batch.input_ids, batch.action_mask, bias=bias)  # (B,)
     return -(sums / batch.action_mask.sum(1)).sum() / count
 
@@ -53,12 +53,12 @@ def sft_loss(policy, batch, count: int, precision: str) -> torch.Tensor:
 def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
     device = pick_device(config.device)
-    run = Run(config.out, config, config.resume)
     lm, tokenizer = load_backbone(config.model, device, config.gradient_checkpointing)
     base = fingerprint(lm, tokenizer)
-    policy = add_lora(lm, config.rank, config.targets, config.adapters).train()
     decisions: list[Transition] = [t for e in read_episodes(config.data) for t in transitions(e, config.history)]
     sampler = Mixture({"expert": decisions}, {"expert": 1}, config.seed)
+    run = Run(config.out, config, config.resume)  # seeds; after the inputs are read, so a wrong path leaves no folder
+    policy = add_lora(lm, config.rank, config.targets, config.adapters).train()
     steps = max(1, round(config.epochs * len(decisions) / config.batch_size))
     counts = {level: sum(t.level == level for t in decisions) for level in LEVELS}
     print(f"{len(decisions)} decisions {counts}, {steps} steps on {device}")

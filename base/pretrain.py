@@ -9,8 +9,8 @@ The text holds observations and random actions: no gold path and no role prompt,
 import json
 import math
 import random
+import re
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import prompts  # noqa: E402
 from data import Episode, read_episodes  # noqa: E402
+from scripted import visible_names  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Config:
     feed_forward: int = 512
     context: int = 320  # tokens per training row
     rows: int = 16  # rows per step
-    minutes: float = 30.0  # wall-clock budget; the learning rate is annealed over it
+    tokens: float = 14e6  # training tokens; the learning rate is annealed over them
     lr: float = 2e-3  # peak learning rate
     seed: int = 0
     threads: int = 2
@@ -55,6 +56,28 @@ def document(episode: Episode, rng: random.Random) -> str:
         lines.append(f"Action: {turn.action}")
         lines.append(f"Result: {prompts.split_obs(episode.obs_after(t))[0]}; {understood}")
     return "\n".join(lines)
+
+
+def visible(episode: Episode) -> list[str]:
+    """Names of all things seen in an episode; rooms keep theirs."""
+    rooms = {prompts.split_obs(turn.obs)[1].partition(":")[0] for turn in episode.turns}
+    return sorted({name for turn in episode.turns for name in visible_names(prompts.split_obs(turn.obs)[1])} - rooms)
+
+
+def rename(text: str, names: list[str], words: list[str], rng: random.Random) -> str:
+    """`text` with about half of its names replaced, each by one new name throughout: real words shuffled, or invented ones.
+
+    What an object is called then says nothing, so the model must learn to copy names from what it sees.
+    """
+    new = {}
+    for name in names:
+        if rng.random() < 0.5:
+            invented = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(1, 3)))
+            new[name] = " ".join(rng.choice([invented, *rng.sample(words, 2)]) for _ in range(rng.randint(1, 2)))
+    if not new:
+        return text
+    pattern = "|".join(re.escape(name) for name in sorted(new, key=len, reverse=True))
+    return re.sub(rf"\b({pattern})\b", lambda match: new[match[1]], text)
 
 
 def train_tokenizer(documents: list[str], vocab: int) -> PreTrainedTokenizerFast:
@@ -81,12 +104,16 @@ def main(config: Config) -> None:
     episodes = [episode for path in config.text for episode in read_episodes(path)]
     rng = random.Random(config.seed)
     documents = [document(episode, rng) for episode in episodes]
+    names = [visible(episode) for episode in episodes]
+    words = sorted({word for group in names for name in group for word in name.split()})
     config.out.mkdir(parents=True, exist_ok=True)
     if (config.out / "tokenizer.json").exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(config.out)
     else:
         tokenizer = train_tokenizer(documents, config.vocab)
         tokenizer.save_pretrained(config.out)
+    documents += [rename(text, group, words, rng) for text, group in zip(documents, names, strict=True)]
+    rng.shuffle(documents)
     stream = []
     for ids in tokenizer(documents, add_special_tokens=False).input_ids:
         stream += [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
@@ -107,12 +134,12 @@ def main(config: Config) -> None:
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))
     state = config.out / "pretrain_state.pt"
-    spent, step, seen = 0.0, 0, 0
+    step, seen = 0, 0
     if state.exists():
         saved = torch.load(state, weights_only=True)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        spent, step, seen = saved["spent"], saved["step"], saved["seen"]
+        step, seen = saved["step"], saved["seen"]
 
     def loss_of(rows: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -122,14 +149,13 @@ def main(config: Config) -> None:
         with torch.no_grad():
             return loss_of(held_out.view(-1, config.context)[:32]).item()
 
-    budget, began = config.minutes * 60, time.time()
-    bar = tqdm(total=int(budget), initial=int(spent), unit="s", mininterval=10)
+    bar = tqdm(total=int(config.tokens), initial=seen, unit="tok", unit_scale=True, mininterval=10)
     log = (config.out / "pretrain_log.csv").open("a")
-    while spent < budget:
+    while seen < config.tokens:
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         starts = torch.randint(len(stream) - config.context, (config.rows,), generator=generator)
         rows = torch.stack([stream[s : s + config.context] for s in starts])
-        warmup, progress = min(1.0, (step + 1) / 100), spent / budget
+        warmup, progress = min(1.0, (step + 1) / 100), seen / config.tokens
         for group in optimizer.param_groups:
             group["lr"] = config.lr * warmup * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
         loss = loss_of(rows)
@@ -137,15 +163,14 @@ def main(config: Config) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step, seen, before = step + 1, seen + rows.numel(), spent
-        spent, began = spent + time.time() - began, time.time()
-        bar.update(int(spent) - int(before))
-        if step % 50 == 0 or spent >= budget:
+        step, seen = step + 1, seen + rows.numel()
+        bar.update(rows.numel())
+        if step % 50 == 0 or seen >= config.tokens:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-            log.write(f"{step},{seen},{spent:.0f},{loss.item():.4f},{evaluate():.4f}\n")
+            log.write(f"{step},{seen},{loss.item():.4f},{evaluate():.4f}\n")
             log.flush()
-        if step % 200 == 0 or spent >= budget:
-            saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "spent": spent, "step": step, "seen": seen}
+        if step % 100 == 0 or seen >= config.tokens:
+            saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seen": seen}
             torch.save(saved, state.with_suffix(".tmp"))
             state.with_suffix(".tmp").replace(state)
     half = model.to(torch.bfloat16)

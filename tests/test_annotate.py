@@ -1,33 +1,24 @@
-"""annotate.py: the rules on real gold paths of every type, the judge, the checks, a teacher behind HTTP."""
+"""annotate.py: the rules on real gold paths of nearly every type, progress, the judge."""
 
 import copy
-import json
-import subprocess
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 
 import pytest
 
-from annotate import MAX_ACTIONS, ChatTeacher, ambiguity, annotate, check, judge, leaks, progress_text, split
-from data import Episode, Turn, write_episodes
+from annotate import MAX_ACTIONS, annotate, judge, progress_text, split
+from data import Episode, Turn
+from labels import check, leaks
 
-ROOT = Path(__file__).parent.parent
 HALLWAY = (
     "This room is called the hallway. In it, you see: \n\tthe agent\nYou also see:\n\tA door to the kitchen"
 )
-KITCHEN = "This room is called the kitchen. In it, you see: \n\ta cupboard. The cupboard door is closed. "
-KITCHEN += "\n\ta thermometer"
-OPENED = KITCHEN.replace("closed", "open").replace(
-    "\n\ta therm", " In the cupboard is: a metal pot.\n\ta therm"
-)
+CUPBOARD = "\n\ta cupboard. The cupboard door is "
+KITCHEN = f"This room is called the kitchen. In it, you see: {CUPBOARD}closed. \n\ta thermometer"
+OPENED = KITCHEN.replace("closed. ", "open.  In the cupboard is: a metal pot.")
 
 
 def obs(feedback: str, room: str = KITCHEN, *held: str) -> str:
-    return "\n\n".join(
-        [feedback, room, "In your inventory, you see:\n" + "".join(f"\ta {item}\n" for item in held)]
-    )
+    inventory = "In your inventory, you see:\n" + "".join(f"\ta {item}\n" for item in held)
+    return "\n\n".join([feedback, room, inventory])
 
 
 def small_episode() -> Episode:
@@ -47,15 +38,22 @@ def small_episode() -> Episode:
     return Episode("scienceworld", "toy", 0, task, turns, [], last, 100, True)
 
 
+ALIKE = {  # left out: one mendelian and one inclined-plane type stand for their kind
+    "mendelian-genetics-unknown-plant",
+    "inclined-plane-friction-named-surfaces",
+    "inclined-plane-friction-unnamed-surfaces",
+}
+
+
 @pytest.fixture(scope="module")
 def gold() -> dict[str, Episode]:
-    """One raw gold episode per task type, played in the real simulator; one of the slow mendelian types."""
+    """One raw gold episode per task type, in one real simulator; of like types that are slow only one."""
     from scienceworld_env import ScienceWorld
 
     world, episodes = ScienceWorld(max_steps=10_000), {}
     try:
         for task in world.tasks:
-            if task == "mendelian-genetics-unknown-plant":
+            if task in ALIKE:
                 continue
             actions, turns = world.gold_path(0, task, 1), []
             result = world.reset(0, task, 1)
@@ -71,7 +69,7 @@ def gold() -> dict[str, Episode]:
     return episodes
 
 
-# --- rules ----------------------------------------------------------------------------------------------
+# --- rules ------------------------------------------------------------------------------------------------
 def test_small_episode_by_hand():
     raw = small_episode()
     before = copy.deepcopy(raw)
@@ -105,7 +103,7 @@ def test_annotating_twice_gives_the_same():
 
 
 def test_gold_paths_of_all_types_pass_every_check(gold):
-    assert len(gold) == 29
+    assert len(gold) == 27
     for task, raw in gold.items():
         episode = annotate(raw)
         assert check(episode) == [], task
@@ -165,7 +163,7 @@ def test_a_walk_is_cut_where_it_takes_a_detour():
     assert split("", actions, seen) == [("go to the living room", 0, 1), ("go to the workshop", 1, 3)]
 
 
-# --- progress -------------------------------------------------------------------------------------------
+# --- progress ---------------------------------------------------------------------------------------------
 def test_progress_text_is_pure():
     inputs = [
         ("get the metal pot", "None", "open cupboard", "The cupboard is now open."),
@@ -211,7 +209,7 @@ def test_progress_carries_what_decides_the_next_step(action, feedback, fact):
     assert fact in progress_text("x", "None", action, feedback)
 
 
-# --- judge ----------------------------------------------------------------------------------------------
+# --- judge ------------------------------------------------------------------------------------------------
 CASES = [  # subtask, an observation that completes it, near misses that do not
     ("go to the kitchen", obs("You move to the kitchen."), [obs("You move to the hallway.", HALLWAY)]),
     ("explore the kitchen", obs(KITCHEN), [obs("You move to the kitchen."), obs(HALLWAY, HALLWAY)]),
@@ -291,193 +289,3 @@ def test_judge_accepts_the_completion_and_refuses_near_misses(subtask, complete,
 )
 def test_judge_never_accepts_a_subtask_of_unknown_form(subtask):
     assert not judge(subtask, obs("You move the metal pot to the inventory.", KITCHEN, "metal pot"))
-
-
-# --- check ----------------------------------------------------------------------------------------------
-def _rename(episode: Episode, segment: int, name: str) -> None:
-    s = episode.segments[segment]
-    s.subtask = name
-    for turn in episode.turns[s.start : s.end]:
-        turn.subtask = name
-
-
-FAULTS = {
-    "a subtask names an unseen thing": (
-        lambda e: _rename(e, 1, "get the unicorn"),
-        "has not seen ['unicorn']",
-    ),
-    "a subtask looks ahead": (lambda e: _rename(e, 0, "explore the cupboard"), "has not seen ['cupboard']"),
-    "progress names an unseen thing": (
-        lambda e: setattr(e.turns[5], "progress", "The unicorn is open."),
-        "['unicorn']",
-    ),
-    "progress leaks the future": (
-        lambda e: setattr(e.turns[2], "progress", "In the kitchen, cupboard."),
-        "['cupboard']",
-    ),
-    "progress not by the rules": (
-        lambda e: setattr(e.turns[2], "progress", "In the kitchen now."),
-        "not progress_text",
-    ),
-    "progress is missing": (lambda e: setattr(e.segments[1], "final_progress", ""), "not progress_text"),
-    "groups overlap": (lambda e: setattr(e.segments[1], "start", 2), "do not follow"),
-    "groups leave a gap": (lambda e: setattr(e.segments[0], "end", 2), "do not follow"),
-    "groups end too early": (lambda e: e.segments.pop(), "cover 4 of 6"),
-    "a turn carries another subtask": (lambda e: setattr(e.turns[1], "subtask", "wait"), "does not carry"),
-    "the last action is not claimed": (
-        lambda e: setattr(e.turns[3], "claimed_done", False),
-        "does not carry",
-    ),
-    "a verdict is invented": (lambda e: setattr(e.turns[0], "verified_done", True), "does not carry"),
-    "a subtask is not complete at its end": (
-        lambda e: _rename(e, 1, "focus on the thermometer"),
-        "not complete at its end",
-    ),
-    "a subtask is complete before its end": (
-        lambda e: _rename(e, 0, "go to the kitchen"),
-        "complete already",
-    ),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_check_catches(fault):
-    episode = annotate(small_episode())
-    plant, expected = FAULTS[fault]
-    plant(episode)
-    assert any(expected in problem for problem in check(episode)), check(episode)
-
-
-def test_check_catches_a_group_above_the_cap():
-    episode = annotate(small_episode())
-    turn = episode.turns[3]
-    episode.turns[3:4] = [copy.deepcopy(turn) for _ in range(MAX_ACTIONS + 1)]
-    episode.segments[1].end += MAX_ACTIONS
-    episode.segments[2].start += MAX_ACTIONS
-    episode.segments[2].end += MAX_ACTIONS
-    assert any(f"with 1 to {MAX_ACTIONS} actions" in problem for problem in check(episode))
-
-
-def test_another_teachers_wording_passes_only_without_the_rules():
-    episode = annotate(small_episode())
-    episode.turns[1].progress = "Opened the door to the kitchen."
-    assert check(episode, rules=False) == [] and len(check(episode)) == 1
-
-
-def test_leaks_are_found_between_episodes():
-    one, other = annotate(small_episode()), annotate(small_episode())
-    assert leaks([one, other]) == []
-    other.turns[2].progress = "Soon there will be a pot."
-    assert len(leaks([one, other])) == 1
-
-
-def test_ambiguity_by_hand():
-    one, two, three = (annotate(small_episode()) for _ in range(3))
-    assert ambiguity([one, two], "executor") == ambiguity([one, two], "planner") == 0
-    three.turns[3].action = "focus on thermometer"  # 1 of 18 actions differs from the majority
-    _rename(three, 2, "open the cupboard")  # 1 of 9 subtasks; its two turns become prompts of their own
-    assert ambiguity([one, two, three], "executor") == pytest.approx(1 / 18)
-    assert ambiguity([one, two, three], "planner") == pytest.approx(1 / 9)
-
-
-# --- command line ---------------------------------------------------------------------------------------
-def run(path: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "annotate.py", str(path)], cwd=ROOT, capture_output=True, text=True
-    )
-
-
-def test_command_line_reports_per_type_and_fails_on_problems(tmp_path):
-    good, bad = small_episode(), small_episode()
-    write_episodes(tmp_path / "good.jsonl", [good])
-    done = run(tmp_path / "good.jsonl")
-    assert done.returncode == 0 and "toy" in done.stdout and "100.00%" in done.stdout, (
-        done.stdout + done.stderr
-    )
-    bad.turns[4].obs = bad.turns[4].obs.replace("You move the thermometer", "You drop the thermometer")
-    write_episodes(tmp_path / "bad.jsonl", [bad])
-    done = run(tmp_path / "bad.jsonl")
-    assert done.returncode == 1 and "not complete at its end" in done.stderr, done.stdout + done.stderr
-
-
-# --- a teacher behind an endpoint -----------------------------------------------------------------------
-GROUPS = [
-    {"subtask": "explore the kitchen", "actions": 3},
-    {"subtask": "get the thermometer", "actions": 1},
-    {"subtask": "get the metal pot", "actions": 2},
-]
-
-
-@pytest.fixture
-def endpoint():
-    """serve(groups, note): a stub of /chat/completions; returns its url and the list of requests it gets."""
-    servers = []
-
-    def serve(groups: str, note: str) -> tuple[str, list[dict]]:
-        requests = []
-
-        class Stub(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                requests.append(body | {"path": self.path, "key": self.headers["Authorization"]})
-                content = groups if "JSON" in body["messages"][0]["content"] else note
-                answer = json.dumps({"choices": [{"message": {"content": content}}]}).encode()
-                self.send_response(200)
-                self.end_headers()
-                self.wfile.write(answer)
-
-            def log_message(self, *args):
-                pass
-
-        server = HTTPServer(("127.0.0.1", 0), Stub)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}/v1", requests
-
-    yield serve
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-def test_a_good_teacher_is_accepted(endpoint, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    url, requests = endpoint(f"Here it is: {json.dumps(GROUPS)}", "That is done.")
-    episode = annotate(small_episode(), teacher=ChatTeacher(url, "stub"))
-    assert [s.subtask for s in episode.segments] == [g["subtask"] for g in GROUPS]
-    assert [t.progress for t in episode.turns] == [
-        "None",
-        "That is done.",
-        "That is done.",
-        "None",
-        "None",
-        "That is done.",
-    ]
-    assert len(requests) == 1 + 6  # one split, one text per action
-    assert {(r["path"], r["key"], r["model"]) for r in requests} == {
-        ("/v1/chat/completions", "Bearer secret", "stub")
-    }
-
-
-@pytest.mark.parametrize(
-    "groups, note, problem",
-    [
-        ("I cannot do that.", "Done.", "not the JSON list"),
-        (json.dumps(GROUPS[:2]), "Done.", "all 6 actions"),
-        (json.dumps([GROUPS[0] | {"subtask": "win", "actions": 6}]), "Done.", "['win']"),
-        (json.dumps(GROUPS), "The unicorn is next.", "['unicorn']"),
-    ],
-)
-def test_a_bad_answer_is_refused_with_its_problem(endpoint, groups, note, problem):
-    url, requests = endpoint(groups, note)
-    with pytest.raises(ValueError, match="gave no valid labels") as error:
-        annotate(small_episode(), teacher=ChatTeacher(url, "stub"))
-    assert problem in str(error.value)
-    asked = [r["messages"][0]["content"] for r in requests if "JSON" in r["messages"][0]["content"]]
-    assert len(asked) == 3 and "was refused" not in asked[0] and problem in asked[1]
-
-
-def test_an_endpoint_that_is_down_gives_one_line_with_the_fix():
-    with pytest.raises(ConnectionError, match="start the server, or correct url") as error:
-        annotate(small_episode(), teacher=ChatTeacher("http://127.0.0.1:9/v1", "stub", timeout=1))
-    assert "\n" not in str(error.value)

@@ -12,7 +12,8 @@ LAYERS = [
     "scienceworld_env progress",  # worlds use the interface in envs
     "data",
     "annotate learner hierarchy viewer",
-    "scripted",  # players without a model
+    "labels scripted",  # checks of what annotate writes; players without a model
+    "teacher",
     "collect train_sft train_orl train_o2o train_hiper eval plot bench demo panels/make base/pretrain",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}

@@ -1,0 +1,92 @@
+"""teacher.py: a chat model behind a stub of its endpoint; its labels are taken or refused by the checks."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from test_annotate import small_episode
+
+from annotate import annotate
+from teacher import ChatTeacher
+
+GROUPS = [
+    {"subtask": "explore the kitchen", "actions": 3},
+    {"subtask": "get the thermometer", "actions": 1},
+    {"subtask": "get the metal pot", "actions": 2},
+]
+
+
+@pytest.fixture
+def endpoint():
+    """serve(groups, note): a stub of /chat/completions; returns its url and the list of requests it gets."""
+    servers = []
+
+    def serve(groups: str, note: str) -> tuple[str, list[dict]]:
+        requests = []
+
+        class Stub(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                requests.append(body | {"path": self.path, "key": self.headers["Authorization"]})
+                content = groups if "JSON" in body["messages"][0]["content"] else note
+                answer = json.dumps({"choices": [{"message": {"content": content}}]}).encode()
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(answer)
+
+            def log_message(self, *args):
+                pass
+
+        server = HTTPServer(("127.0.0.1", 0), Stub)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}/v1", requests
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_good_teacher_is_accepted(endpoint, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    url, requests = endpoint(f"Here it is: {json.dumps(GROUPS)}", "That is done.")
+    episode = annotate(small_episode(), teacher=ChatTeacher(url, "stub"))
+    assert [s.subtask for s in episode.segments] == [g["subtask"] for g in GROUPS]
+    assert [t.progress for t in episode.turns] == [
+        "None",
+        "That is done.",
+        "That is done.",
+        "None",
+        "None",
+        "That is done.",
+    ]
+    assert len(requests) == 1 + 6  # one split, one text per action
+    assert {(r["path"], r["key"], r["model"]) for r in requests} == {
+        ("/v1/chat/completions", "Bearer secret", "stub")
+    }
+
+
+@pytest.mark.parametrize(
+    "groups, note, problem",
+    [
+        ("I cannot do that.", "Done.", "not the JSON list"),
+        (json.dumps(GROUPS[:2]), "Done.", "all 6 actions"),
+        (json.dumps([GROUPS[0] | {"subtask": "win", "actions": 6}]), "Done.", "['win']"),
+        (json.dumps(GROUPS), "The unicorn is next.", "['unicorn']"),
+    ],
+)
+def test_a_bad_answer_is_refused_with_its_problem(endpoint, groups, note, problem):
+    url, requests = endpoint(groups, note)
+    with pytest.raises(ValueError, match="gave no valid labels") as error:
+        annotate(small_episode(), teacher=ChatTeacher(url, "stub"))
+    assert problem in str(error.value)
+    asked = [r["messages"][0]["content"] for r in requests if "JSON" in r["messages"][0]["content"]]
+    assert len(asked) == 3 and "was refused" not in asked[0] and problem in asked[1]
+
+
+def test_an_endpoint_that_is_down_gives_one_line_with_the_fix():
+    with pytest.raises(ConnectionError, match="start the server, or correct url") as error:
+        annotate(small_episode(), teacher=ChatTeacher("http://127.0.0.1:9/v1", "stub", timeout=1))
+    assert "\n" not in str(error.value)
