@@ -32,7 +32,9 @@ class Config:
     out: Path  # JSONL file to write, or to go on with
     source: Literal["gold", "policy", "explore"] = "gold"  # who plays
     env: Literal["scienceworld"] = "scienceworld"  # which text world
-    panel: str = "demo"  # episode list panels/<env>_<panel>_train.txt; data for training comes from train only
+    panel: str = (
+        "demo"  # episode list panels/<env>_<panel>_train.txt; data for training comes from train only
+    )
     limit: int = 0  # at most this many episodes of a task type; 0 is all
     repeats: int = 1  # plays every episode this often, each time with another seed
     max_steps: int = 50  # environment steps per episode (gold paths are replayed whole)
@@ -54,7 +56,9 @@ def annotated_gold(pool: EnvPool, panel: list, config: Config) -> Iterator[Episo
         if episode.success:
             yield annotate.annotate(episode, teacher)
         else:
-            tqdm.write(f"left out: the gold path of {episode.task} {episode.variation} ends at score {episode.score:.0f}")
+            tqdm.write(
+                f"left out: the gold path of {episode.task} {episode.variation} ends at score {episode.score:.0f}"
+            )
 
 
 def play(pool: EnvPool, panel: list, config: Config, repeat: int) -> Iterator[Episode]:
@@ -82,10 +86,20 @@ def main(config: Config) -> None:
         raise ValueError("--source policy needs --checkpoint FOLDER: train one with train_sft.py")
     panel = read_panel(config.env, config.panel, "train")
     if config.limit:
-        panel = [e for _, group in groupby(sorted(panel), key=lambda e: e[0]) for e in list(group)[: config.limit]]
-    done = Counter((e.task, e.variation) for e in read_episodes(config.out)) if config.out.exists() else Counter()
+        panel = [
+            e for _, group in groupby(sorted(panel), key=lambda e: e[0]) for e in list(group)[: config.limit]
+        ]
+    done = (
+        Counter((e.task, e.variation) for e in read_episodes(config.out))
+        if config.out.exists()
+        else Counter()
+    )
     max_steps = 10**6 if config.source == "gold" else config.max_steps
-    bar = tqdm(total=len(panel) * config.repeats, initial=min(sum(done.values()), len(panel) * config.repeats), desc=config.source)
+    bar = tqdm(
+        total=len(panel) * config.repeats,
+        initial=min(sum(done.values()), len(panel) * config.repeats),
+        desc=config.source,
+    )
     with EnvPool(config.env, config.slots, config.workers, max_steps) as pool:
         for repeat in range(config.repeats):
             missing = [e for e in panel if done[e] <= repeat]
@@ -95,7 +109,9 @@ def main(config: Config) -> None:
     bar.close()
     episodes = read_episodes(config.out)
     mean = sum(max(0.0, e.score) for e in episodes) / len(episodes)
-    print(f"{config.out}: {len(episodes)} episodes, mean score {mean:.1f}, {duplicates(episodes):.1%} duplicates")
+    print(
+        f"{config.out}: {len(episodes)} episodes, mean score {mean:.1f}, {duplicates(episodes):.1%} duplicates"
+    )
 
 
 if __name__ == "__main__":

@@ -34,11 +34,20 @@ def stages(c: Config) -> list[tuple[str, str]]:
     o, common = c.out, f"--threads {c.threads} --seed {c.seed}"
     evaluate = f"eval.py --panel demo --split dev --out {o} {common}"
     return [
-        (f"{o}/gold.done", f"collect.py --source gold --panel demo --out {o}/gold.jsonl --workers 2 {common}"),
-        (f"{o}/results/zero-shot.json", f"{evaluate} --agent zero-shot --name zero-shot --limit 8 --max-steps 20"),
+        (
+            f"{o}/gold.done",
+            f"collect.py --source gold --panel demo --out {o}/gold.jsonl --workers 2 {common}",
+        ),
+        (
+            f"{o}/results/zero-shot.json",
+            f"{evaluate} --agent zero-shot --name zero-shot --limit 8 --max-steps 20",
+        ),
         (f"{o}/sft/policy.json", f"train_sft.py --data {o}/gold.jsonl --out {o}/sft {common}"),
         (f"{o}/results/sft.json", f"{evaluate} --checkpoint {o}/sft --name sft"),
-        (f"{o}/rollouts.done", f"collect.py --source policy --checkpoint {o}/sft --panel demo --out {o}/rollouts.jsonl {common}"),
+        (
+            f"{o}/rollouts.done",
+            f"collect.py --source policy --checkpoint {o}/sft --panel demo --out {o}/rollouts.jsonl {common}",
+        ),
         (
             f"{o}/orl/policy.json",
             f"train_orl.py --init {o}/sft --expert {o}/gold.jsonl --rollouts {o}/rollouts.jsonl --out {o}/orl {common}",
@@ -52,11 +61,16 @@ def random_row(c: Config) -> None:
     result = json.loads((ROOT / "results" / "random_demo_dev.json").read_text())
     panel = read_panel("scienceworld", "demo", "dev")[::13]
     with EnvPool("scienceworld", len(panel), workers=1, max_steps=result["max_steps"]) as pool:
-        played = {(e.task, e.variation): e.score for e in scripted.play_random(pool, panel, "scienceworld", result["seeds"][0])}
+        played = {
+            (e.task, e.variation): e.score
+            for e in scripted.play_random(pool, panel, "scienceworld", result["seeds"][0])
+        }
     recorded = dict(zip(read_panel("scienceworld", "demo", "dev"), result["scores"], strict=True))
     for episode, score in played.items():
         if score != recorded[episode]:
-            raise ValueError(f"random agent on {episode}: {score}, recorded {recorded[episode]}; make results/random_demo_dev.json again")
+            raise ValueError(
+                f"random agent on {episode}: {score}, recorded {recorded[episode]}; make results/random_demo_dev.json again"
+            )
     (c.out / "results" / "random.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"random: {len(played)} of {len(recorded)} recorded episodes replayed with equal scores")
 

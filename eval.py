@@ -17,8 +17,8 @@ import tyro
 from tqdm import tqdm
 
 import annotate
-import scripted
 import scores
+import scripted
 from data import Episode, write_episodes
 from envs import EnvPool, read_panel
 from hierarchy import Counts, rollout
@@ -32,7 +32,9 @@ RESULTS = Path(__file__).parent / "results"
 class Config:
     out: Path  # folder: writes <out>/results/<name>.json and <out>/episodes/<name>.jsonl
     name: str  # of the row
-    agent: Literal["policy", "zero-shot", "random", "gold"] = "policy"  # zero-shot: the backbone without an adapter
+    agent: Literal["policy", "zero-shot", "random", "gold"] = (
+        "policy"  # zero-shot: the backbone without an adapter
+    )
     checkpoint: Path | None = None  # policy folder, for --agent policy
     model: str = "base"  # backbone, for --agent zero-shot
     env: Literal["scienceworld"] = "scienceworld"  # which text world
@@ -77,14 +79,19 @@ def main(config: Config) -> dict:
     if config.agent == "policy" and config.checkpoint is None:
         raise ValueError("--agent policy needs --checkpoint FOLDER: train one with train_sft.py")
     if config.split == "test" and not config.reason:
-        raise ValueError("a test split is reported once: say --reason '...'; choose between checkpoints on --split dev")
+        raise ValueError(
+            "a test split is reported once: say --reason '...'; choose between checkpoints on --split dev"
+        )
     panel, counts, began = read_panel(config.env, config.panel, config.split), Counts(), time.time()
     panel = panel[: config.limit] if config.limit else panel
     with EnvPool(config.env, config.slots, config.workers, config.max_steps) as pool:
         episodes, meta = play(config, panel, pool, counts)
     steps = sum(len(e.turns) for e in episodes)
     tokens = {
-        role: {"prompt": round(counts.prompt_tokens[role] / n, 1), "completion": round(counts.completion_tokens[role] / n, 1)}
+        role: {
+            "prompt": round(counts.prompt_tokens[role] / n, 1),
+            "completion": round(counts.completion_tokens[role] / n, 1),
+        }
         for role, n in counts.decisions.items()
         if n
     }
@@ -109,7 +116,9 @@ def main(config: Config) -> dict:
         with (RESULTS / "test_log.jsonl").open("a") as log:
             log.write(json.dumps(record | {"checkpoint_hash": adapter, "reason": config.reason}) + "\n")
     low, high = result["ci95"]
-    print(f"{config.name}: macro score {result['macro_mean']:.1f} [{low:.1f}, {high:.1f}], success {result['success_rate']:.1%}")
+    print(
+        f"{config.name}: macro score {result['macro_mean']:.1f} [{low:.1f}, {high:.1f}], success {result['success_rate']:.1%}"
+    )
     return result
 
 
@@ -119,4 +128,6 @@ if __name__ == "__main__":
     except ValueError as error:
         fail(error)
     except KeyboardInterrupt:
-        raise SystemExit("stopped: an evaluation is written whole or not at all; run the same command again") from None
+        raise SystemExit(
+            "stopped: an evaluation is written whole or not at all; run the same command again"
+        ) from None

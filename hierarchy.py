@@ -49,8 +49,22 @@ def episode_seed(seed: int, *parts) -> int:
 class Player:
     """One running episode and which role it waits for."""
 
-    def __init__(self, episode: Episode, first: StepResult, history: History, max_actions: int, seed: int, judge: Callable):
-        self.episode, self.history, self.max_actions, self.seed, self.judge = episode, history, max_actions, seed, judge
+    def __init__(
+        self,
+        episode: Episode,
+        first: StepResult,
+        history: History,
+        max_actions: int,
+        seed: int,
+        judge: Callable,
+    ):
+        self.episode, self.history, self.max_actions, self.seed, self.judge = (
+            episode,
+            history,
+            max_actions,
+            seed,
+            judge,
+        )
         self.now, self.waits_for = first, "planner"
         self.subtask, self.progress, self.start = "", prompts.NO_PROGRESS, 0
         self.pending: tuple[str, str, bool] | None = None  # raw_text, action, claimed_done
@@ -61,7 +75,9 @@ class Player:
         if self.waits_for == "planner":
             prompt = planner_prompt(episode, t, self.now.obs, self.history)
         elif self.waits_for == "executor":
-            prompt = executor_prompt(episode, self.start, t, self.subtask, self.progress, self.now.obs, self.history)
+            prompt = executor_prompt(
+                episode, self.start, t, self.subtask, self.progress, self.now.obs, self.history
+            )
         else:
             prompt = progress_prompt(self.subtask, self.progress, episode.turns[-1].action, self.now.obs)
         role = self.waits_for
@@ -72,7 +88,9 @@ class Player:
         """Takes the answer it waited for; returns an action when the world is next."""
         role, t = self.waits_for, len(self.episode.turns)
         turn = t - 1 if role == "progress" else t
-        self.episode.decisions.append(Decision(role, turn, answer.ids, [round(x, 4) for x in answer.logprobs]))
+        self.episode.decisions.append(
+            Decision(role, turn, answer.ids, [round(x, 4) for x in answer.logprobs])
+        )
         counts.prompt_tokens[role] += answer.prompt_tokens
         counts.completion_tokens[role] += len(answer.ids)
         counts.decisions[role] += 1
@@ -111,7 +129,9 @@ class Player:
         over = self.now.terminated or self.now.truncated
         if over or last.claimed_done or length >= self.max_actions:
             counts.capped += not over and not last.claimed_done
-            self.episode.segments.append(Segment(self.subtask, self.start, len(self.episode.turns), self.progress))
+            self.episode.segments.append(
+                Segment(self.subtask, self.start, len(self.episode.turns), self.progress)
+            )
             self.waits_for = "nothing" if over else "planner"
         else:
             self.waits_for = "executor"

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from batches import Batch
 from critic import (
     Critics,
     awr_weight,
@@ -22,10 +23,12 @@ from critic import (
     td_loss,
     td_target,
 )
-from data import LEVELS, Batch
+from data import LEVELS
 from logprob import head_weight, sequence_logprobs
 
-HiddenFn = Callable[[nn.Module, Tensor, Tensor], Tensor]  # (policy, input_ids (B, T), level (B,)) -> (B, T, D)
+HiddenFn = Callable[
+    [nn.Module, Tensor, Tensor], Tensor
+]  # (policy, input_ids (B, T), level (B,)) -> (B, T, D)
 
 
 @dataclass(frozen=True)
@@ -135,11 +138,15 @@ class Learner:
             hidden = self.hidden_fn(self.policy, batch.input_ids, level)  # (B, T, D)
             weight, bias = head_weight(self.policy.get_output_embeddings())
             _, logp = sequence_logprobs(hidden, weight, batch.input_ids, batch.action_mask, bias=bias)
-        next_value = torch.zeros(len(level), device=level.device)  # (B,), 0 where the bootstrap is masked anyway
+        next_value = torch.zeros(
+            len(level), device=level.device
+        )  # (B,), 0 where the bootstrap is masked anyway
         (alive,) = (~batch.terminated).nonzero(as_tuple=True)
         if len(alive):
             with torch.no_grad():
-                next_hidden = self.hidden_fn(self.policy, batch.next_ids[alive], level[alive])  # (alive, T2, D)
+                next_hidden = self.hidden_fn(
+                    self.policy, batch.next_ids[alive], level[alive]
+                )  # (alive, T2, D)
             at = next_hidden[torch.arange(len(alive), device=level.device), batch.next_index[alive]]
             next_value[alive] = critics.target_v(at, level[alive])
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+transformers_logging.disable_progress_bar()  # one bar per script is enough
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft still reads it
+
 
 BASE = Path(__file__).parent / "base"
 ROLES = ("planner", "executor", "progress")  # data.LEVELS, in the same order
@@ -31,24 +37,37 @@ def load_backbone(model: str, device: str = "cpu", gradient_checkpointing: bool 
     ValueError when the folder is missing or the tokenizer has no EOS token (answers could never end).
     """
     path = str(BASE) if model == "base" else model
-    if (model == "base" or "/" not in model or model[0] in "./") and not (Path(path) / "config.json").exists():
-        raise ValueError(f"no model at {path}: give a folder with config.json or a hub id such as Qwen/Qwen2.5-0.5B-Instruct")
+    if (model == "base" or "/" not in model or model[0] in "./") and not (
+        Path(path) / "config.json"
+    ).exists():
+        raise ValueError(
+            f"no model at {path}: give a folder with config.json or a hub id such as Qwen/Qwen2.5-0.5B-Instruct"
+        )
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
     except OSError as error:  # transformers says it in several lines
         reason = str(error).splitlines()[0]
-        raise ValueError(f"cannot load the model {model}: {reason} Give a folder with model and tokenizer, or a hub id") from None
+        raise ValueError(
+            f"cannot load the model {model}: {reason} Give a folder with model and tokenizer, or a hub id"
+        ) from None
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {model} has no EOS token: answers could never end; set tokenizer.eos_token")
+        raise ValueError(
+            f"the tokenizer of {model} has no EOS token: answers could never end; set tokenizer.eos_token"
+        )
     if gradient_checkpointing:
         lm.gradient_checkpointing_enable()
         lm.enable_input_require_grads()
     return lm, tokenizer
 
 
-def add_lora(lm, rank: int = 16, targets: Literal["all", "attention"] = "all", adapters: Literal["shared", "separate"] = "shared"):
+def add_lora(
+    lm,
+    rank: int = 16,
+    targets: Literal["all", "attention"] = "all",
+    adapters: Literal["shared", "separate"] = "shared",
+):
     """LoRA (alpha = 2 rank, no dropout) on every linear layer but the head, or on attention only as in the papers.
 
     adapters="separate" gives each role its own; rank 0 trains all weights instead.
@@ -97,7 +116,9 @@ def hidden_states(model, input_ids: Tensor, level: Tensor | None = None, precisi
     """
     lm = lm_of(model)
     trunk, dtype = getattr(lm, lm.base_model_prefix), lm.get_output_embeddings().weight.dtype
-    with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=precision == "bf16" and dtype == torch.float32):
+    with torch.autocast(
+        input_ids.device.type, torch.bfloat16, enabled=precision == "bf16" and dtype == torch.float32
+    ):
         if not is_separate(model):
             return trunk(input_ids=input_ids, use_cache=False).last_hidden_state.to(dtype)
         parts, order = [], []
@@ -175,8 +196,15 @@ class Policy:
         position = (mask.cumsum(1) - 1).clamp(min=0)
         limits = torch.tensor([r.max_new_tokens for r in requests], device=device)
         temperature = torch.tensor([self.temperature[r.role] for r in requests], device=device)
-        noise = [torch.Generator().manual_seed(r.seed) if t > 0 else None for r, t in zip(requests, temperature, strict=True)]
-        lm, cache, running = lm_of(self.model), None, torch.ones(len(requests), dtype=torch.bool, device=device)
+        noise = [
+            torch.Generator().manual_seed(r.seed) if t > 0 else None
+            for r, t in zip(requests, temperature, strict=True)
+        ]
+        lm, cache, running = (
+            lm_of(self.model),
+            None,
+            torch.ones(len(requests), dtype=torch.bool, device=device),
+        )
         tokens, logprobs = [], []
         for length in range(1, int(limits.max()) + 1):
             out = lm(
@@ -238,16 +266,22 @@ def load_policy(folder: Path, device: str = "cpu", trainable: bool = False):
     """(model, tokenizer, meta) of a checkpoint folder; refuses a base other than the one the adapter was trained on."""
     folder = Path(folder)
     if not (folder / "policy.json").exists():
-        raise ValueError(f"no checkpoint at {folder}: train one with train_sft.py, or give a folder that holds policy.json")
+        raise ValueError(
+            f"no checkpoint at {folder}: train one with train_sft.py, or give a folder that holds policy.json"
+        )
     meta = json.loads((folder / "policy.json").read_text())
     lm, tokenizer = load_backbone(meta["model"], device)
     if (found := fingerprint(lm, tokenizer)) != meta["base"]:
-        raise ValueError(f"{folder} was trained on base {meta['base']}, but {meta['model']} is {found}: load that base or train again")
+        raise ValueError(
+            f"{folder} was trained on base {meta['base']}, but {meta['model']} is {found}: load that base or train again"
+        )
     if meta["rank"] == 0:
         model = AutoModelForCausalLM.from_pretrained(folder / "adapter", dtype=lm.dtype).to(device)
     else:
         names = [SHARED] if meta["adapters"] == "shared" else list(ROLES)
-        model = PeftModel.from_pretrained(lm, folder / "adapter" / names[0], adapter_name=names[0], is_trainable=trainable)
+        model = PeftModel.from_pretrained(
+            lm, folder / "adapter" / names[0], adapter_name=names[0], is_trainable=trainable
+        )
         for name in names[1:]:
             model.load_adapter(folder / "adapter" / name, adapter_name=name, is_trainable=trainable)
         if trainable:

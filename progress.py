@@ -25,7 +25,9 @@ def planner_prompt(episode, start: int, obs: str, history: History = "progress")
     finished = [s for s in episode.segments if s.end <= start]
     if history == "progress":
         names = "; ".join(s.subtask for s in finished) or "none"
-        memory = f"Finished: {names}\nProgress: {finished[-1].final_progress if finished else prompts.NO_PROGRESS}"
+        memory = (
+            f"Finished: {names}\nProgress: {finished[-1].final_progress if finished else prompts.NO_PROGRESS}"
+        )
     else:
         lines = [
             f"{s.subtask}: {', '.join(t.action for t in episode.turns[s.start : s.end])}. {_feedback(episode, s.end, obs, start)}"
@@ -40,7 +42,9 @@ def _feedback(episode, turn: int, obs: str, start: int) -> str:
     return prompts.split_obs(obs if turn >= start else episode.turns[turn].obs)[0]
 
 
-def executor_prompt(episode, start: int, t: int, subtask: str, progress: str, obs: str, history: History = "progress") -> str:
+def executor_prompt(
+    episode, start: int, t: int, subtask: str, progress: str, obs: str, history: History = "progress"
+) -> str:
     """Prompt of the executor at turn `t` of a subtask that began at turn `start`."""
     if history == "progress":
         memory = f"Progress: {progress}"

@@ -10,7 +10,11 @@ import re
 
 SEPARATOR = "\n\n"  # envs.OBS_SEPARATOR: feedback, room, inventory
 NO_PROGRESS = "None"
-NOT_UNDERSTOOD = ("No known action matches that input", "Unknown action", "Nothing happens")  # what the worlds say to an invalid action
+NOT_UNDERSTOOD = (
+    "No known action matches that input",
+    "Unknown action",
+    "Nothing happens",
+)  # what the worlds say to an invalid action
 
 
 # --- observations ---------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def _cpu_name() -> str:
 
 
 def pick_device(device: str = "auto") -> str:
-    """"auto" is CUDA when there is one."""
+    """ "auto" is CUDA when there is one."""
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,7 +71,9 @@ class Run:
     def __init__(self, folder: Path, config, resume: bool = False):
         self.folder, self.config = Path(folder), config
         if (self.folder / "config.json").exists() and not resume:
-            raise ValueError(f"{self.folder} already holds a run: add --resume to go on with it, or choose another --out")
+            raise ValueError(
+                f"{self.folder} already holds a run: add --resume to go on with it, or choose another --out"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         seed_everything(config.seed)
         record = dataclasses.asdict(config) | {"provenance": provenance()}
@@ -104,7 +106,9 @@ class Run:
         with self.metrics.open(newline="") as file:
             header, *rows = csv.reader(file)
         step = state["step"] if state else 0
-        kept = [row for row in rows if len(row) == len(header) and int(row[0]) <= step]  # not a torn last line
+        kept = [
+            row for row in rows if len(row) == len(header) and int(row[0]) <= step
+        ]  # not a torn last line
         with self.metrics.open("w", newline="") as file:
             csv.writer(file).writerows([header, *kept])
         return state

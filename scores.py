@@ -24,7 +24,9 @@ def macro_mean(tasks: list[str], values: list[float]) -> float:
     return float(np.mean([v.mean() for v in by_type(tasks, values).values()]))
 
 
-def bootstrap_ci(tasks: list[str], values: list[list[float]], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+def bootstrap_ci(
+    tasks: list[str], values: list[list[float]], draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
     """95% interval of the macro mean by a bootstrap stratified by type: seeds are drawn first, then episodes within each type.
 
     values[s][e]: seed s, episode e (same episodes for every seed). With one seed only episodes are drawn. For A against B give the
@@ -63,7 +65,11 @@ def summary(tasks: list[str], scores: list[float], successes: list[bool]) -> dic
         "success_rate": round(sum(successes) / len(successes), 4),
         "success_ci95": [round(x, 4) for x in wilson(sum(successes), len(successes))],
         "per_type": {
-            task: {"mean": round(float(v.mean()), 2), "episodes": len(v), "success": round(float(wins[task].mean()), 4)}
+            task: {
+                "mean": round(float(v.mean()), 2),
+                "episodes": len(v),
+                "success": round(float(wins[task].mean()), 4),
+            }
             for task, v in groups.items()
         },
     }

@@ -18,7 +18,13 @@ TEMPLATES = {
 
 
 def play(
-    pool: EnvPool, panel: list[tuple[str, int]], env: str, source: str, choose: Callable, look_up: str = "", gold: bool = False
+    pool: EnvPool,
+    panel: list[tuple[str, int]],
+    env: str,
+    source: str,
+    choose: Callable,
+    look_up: str = "",
+    gold: bool = False,
 ) -> Iterator[Episode]:
     """Plays `panel` in lockstep with choose(episode so far, now, extra) -> action, or None to stop; yields episodes as they end.
 
@@ -35,12 +41,16 @@ def play(
         if look_up:
             extra = pool.call({slot: (look_up,) for slot in running})
         actions = {slot: choose(*running[slot], extra.get(slot)) for slot in sorted(running)}
-        results = pool.call({slot: ("step", action) for slot, action in actions.items() if action is not None})
+        results = pool.call(
+            {slot: ("step", action) for slot, action in actions.items() if action is not None}
+        )
         for slot in sorted(running):
             episode, now = running[slot]
             if slot in results:
                 after: StepResult = results[slot]
-                episode.turns.append(Turn(now.obs, actions[slot], "", after.reward, after.terminated, after.truncated))
+                episode.turns.append(
+                    Turn(now.obs, actions[slot], "", after.reward, after.terminated, after.truncated)
+                )
                 running[slot] = (episode, now := after)
             if slot not in results or now.terminated or now.truncated:
                 episode.final_obs, episode.score, episode.success = now.obs, now.score, now.success
@@ -60,7 +70,9 @@ def play_random(pool: EnvPool, panel: list, env: str, seed: int) -> Iterator[Epi
     """Uniform over the valid actions of the moment (slow: the simulator lists them all)."""
 
     def choose(episode: Episode, now: StepResult, valid: list[str]) -> str:
-        return random.Random(episode_seed(seed, episode.task, episode.variation, len(episode.turns), "random")).choice(valid)
+        return random.Random(
+            episode_seed(seed, episode.task, episode.variation, len(episode.turns), "random")
+        ).choice(valid)
 
     return play(pool, panel, env, f"random-{seed}", choose, look_up="valid_actions")
 
@@ -68,7 +80,9 @@ def play_random(pool: EnvPool, panel: list, env: str, seed: int) -> Iterator[Epi
 def visible_names(text: str) -> list[str]:
     """Names of the things in a compacted room or inventory, states left out."""
     parts = re.split(r"[;,()]| with |containing |: ", text.split(". doors:")[0].partition(": ")[2])
-    states = r"\b(nothing|on|off|open|closed|empty|activated|deactivated|reading -?\d+ degrees|disconnected)\b.*"
+    states = (
+        r"\b(nothing|on|off|open|closed|empty|activated|deactivated|reading -?\d+ degrees|disconnected)\b.*"
+    )
     return [name for part in parts if (name := re.sub(states, "", part).strip(" ."))]
 
 
@@ -76,7 +90,9 @@ def play_explore(pool: EnvPool, panel: list, env: str, seed: int) -> Iterator[Ep
     """Random actions on things in view: text about the world without any gold action."""
 
     def choose(episode: Episode, now: StepResult, _) -> str:
-        rng = random.Random(episode_seed(seed, episode.task, episode.variation, len(episode.turns), "explore"))
+        rng = random.Random(
+            episode_seed(seed, episode.task, episode.variation, len(episode.turns), "explore")
+        )
         _, room, inventory = prompts.split_obs(now.obs)
         held = visible_names(inventory)
         names = visible_names(room) + held or ["air"]

@@ -14,8 +14,9 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from batches import Mixture, collate, micro_batches
 from critic import Critics, save_critics
-from data import Mixture, Transition, collate, micro_batches, read_episodes, transitions
+from data import Transition, read_episodes, transitions
 from learner import Learner, RLConfig
 from model import hidden_states, lm_of, load_policy, save_policy, trainable_state
 from run import Run, fail, pick_device
@@ -30,11 +31,13 @@ class Config:
     rl: RLConfig = field(default_factory=RLConfig)  # the gradient step
     expert_share: float = 1.0  # expert : rollout ratio, first number (papers: 1)
     rollout_share: float = 2.0  # expert : rollout ratio, second number (papers: 2)
-    invalid_penalty: float = 1.0  # executor's cost of an action the world does not understand (STEP-HRL; GLIDER 0)
+    invalid_penalty: float = (
+        1.0  # executor's cost of an action the world does not understand (STEP-HRL; GLIDER 0)
+    )
     steps: int = 200  # gradient steps
     warmup_steps: int = 20  # first steps train the critics only (STEP-HRL: 100 of its smaller steps)
     batch_size: int = 64  # decisions per step
-    tokens_per_forward: int = 8192  # padded tokens of a micro-batch
+    tokens_per_forward: int = 4096  # padded tokens of a micro-batch
     precision: Literal["bf16", "fp32"] = "bf16"  # of the matrix products; weights stay fp32 on CPU
     save_every: int = 50  # steps between states for --resume
     seed: int = 0
@@ -51,13 +54,20 @@ def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
     device = pick_device(config.device)
     policy, tokenizer, meta = load_policy(config.init, device, trainable=True)
-    pools = {name: load_decisions(getattr(config, name), meta["history"], config) for name in ("expert", "rollouts")}
+    pools = {
+        name: load_decisions(getattr(config, name), meta["history"], config)
+        for name in ("expert", "rollouts")
+    }
     print({name: len(pool) for name, pool in pools.items()})
     shares = {"expert": config.expert_share, "rollouts": config.rollout_share}
     sampler = Mixture(pools, {name: share for name, share in shares.items() if share > 0}, config.seed)
-    run = Run(config.out, config, config.resume)  # seeds; after the inputs are read, so a wrong path leaves no folder
+    run = Run(
+        config.out, config, config.resume
+    )  # seeds; after the inputs are read, so a wrong path leaves no folder
     critics = Critics(lm_of(policy).config.hidden_size).to(device)
-    learner = Learner(policy, critics, lambda m, ids, level: hidden_states(m, ids, level, config.precision), config.rl)
+    learner = Learner(
+        policy, critics, lambda m, ids, level: hidden_states(m, ids, level, config.precision), config.rl
+    )
     start = 0
     if state := run.load_state():
         policy.load_state_dict(state["policy"], strict=False)
@@ -72,14 +82,23 @@ def main(config: Config) -> None:
             sampler=sampler.state_dict(),
         )  # fmt: skip
 
-    bar, began, step = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="orl"), time.time(), start
+    bar, began, step = (
+        tqdm(range(start, config.steps), initial=start, total=config.steps, desc="orl"),
+        time.time(),
+        start,
+    )
     try:
         for step in bar:
             items = sampler.batch(config.batch_size)
-            batches = [collate(part, tokenizer).to(device) for part in micro_batches(items, tokenizer, config.tokens_per_forward)]
+            batches = [
+                collate(part, tokenizer).to(device)
+                for part in micro_batches(items, tokenizer, config.tokens_per_forward)
+            ]
             metrics = learner.update(batches, train_actor=step >= config.warmup_steps)  # V, Q, policy, target
             run.log(step + 1, metrics)
-            bar.set_postfix({k: f"{metrics[k]:.3f}" for k in ("executor/q_loss", "executor/actor_loss") if k in metrics})
+            bar.set_postfix(
+                {k: f"{metrics[k]:.3f}" for k in ("executor/q_loss", "executor/actor_loss") if k in metrics}
+            )
             if (step + 1) % config.save_every == 0:
                 save(step + 1)
     except KeyboardInterrupt:

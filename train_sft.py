@@ -1,8 +1,8 @@
 """Script: supervised fine-tuning, behaviour cloning of planner, executor and progress on annotated expert episodes.
 
-    L_SFT = -E_D[ (1/n) sum_i log pi(w_i | s, w_<i) ]   (GLIDER, arXiv:2505.19761, eq. 3; STEP-HRL's mean over tokens)
+L_SFT = -E_D[ (1/n) sum_i log pi(w_i | s, w_<i) ]   (GLIDER, arXiv:2505.19761, eq. 3; STEP-HRL's mean over tokens)
 
-    python train_sft.py --data out/demo/gold.jsonl --out out/demo/sft
+python train_sft.py --data out/demo/gold.jsonl --out out/demo/sft
 """
 
 import time
@@ -14,7 +14,8 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from data import LEVELS, Mixture, Transition, collate, micro_batches, read_episodes, transitions
+from batches import Mixture, collate, micro_batches
+from data import LEVELS, Transition, read_episodes, transitions
 from logprob import head_weight, sequence_logprobs
 from model import add_lora, fingerprint, hidden_states, load_backbone, save_policy, trainable_state
 from run import Run, fail, pick_device
@@ -32,7 +33,7 @@ class Config:
     epochs: float = 3.0  # passes over the decisions
     batch_size: int = 64  # decisions per step
     lr: float = 3e-3  # peak AdamW step size, decayed linearly to a tenth (papers: 1e-4 for 7-8B)
-    tokens_per_forward: int = 8192  # padded tokens of a micro-batch
+    tokens_per_forward: int = 4096  # padded tokens of a micro-batch
     precision: Literal["bf16", "fp32"] = "bf16"  # of the matrix products; weights stay fp32 on CPU
     gradient_checkpointing: bool = False  # less memory, more time
     save_every: int = 100  # steps between states for --resume
@@ -55,9 +56,13 @@ def main(config: Config) -> None:
     device = pick_device(config.device)
     lm, tokenizer = load_backbone(config.model, device, config.gradient_checkpointing)
     base = fingerprint(lm, tokenizer)
-    decisions: list[Transition] = [t for e in read_episodes(config.data) for t in transitions(e, config.history)]
+    decisions: list[Transition] = [
+        t for e in read_episodes(config.data) for t in transitions(e, config.history)
+    ]
     sampler = Mixture({"expert": decisions}, {"expert": 1}, config.seed)
-    run = Run(config.out, config, config.resume)  # seeds; after the inputs are read, so a wrong path leaves no folder
+    run = Run(
+        config.out, config, config.resume
+    )  # seeds; after the inputs are read, so a wrong path leaves no folder
     policy = add_lora(lm, config.rank, config.targets, config.adapters).train()
     steps = max(1, round(config.epochs * len(decisions) / config.batch_size))
     counts = {level: sum(t.level == level for t in decisions) for level in LEVELS}
@@ -73,7 +78,12 @@ def main(config: Config) -> None:
         start = state["step"]
 
     def save(step: int) -> None:
-        run.save_state(step, policy=trainable_state(policy), optimizer=optimizer.state_dict(), sampler=sampler.state_dict())
+        run.save_state(
+            step,
+            policy=trainable_state(policy),
+            optimizer=optimizer.state_dict(),
+            sampler=sampler.state_dict(),
+        )
 
     bar, began, step = tqdm(range(start, steps), initial=start, total=steps, desc="sft"), time.time(), start
     try:

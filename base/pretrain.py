@@ -61,7 +61,9 @@ def document(episode: Episode, rng: random.Random) -> str:
 def visible(episode: Episode) -> list[str]:
     """Names of all things seen in an episode; rooms keep theirs."""
     rooms = {prompts.split_obs(turn.obs)[1].partition(":")[0] for turn in episode.turns}
-    return sorted({name for turn in episode.turns for name in visible_names(prompts.split_obs(turn.obs)[1])} - rooms)
+    return sorted(
+        {name for turn in episode.turns for name in visible_names(prompts.split_obs(turn.obs)[1])} - rooms
+    )
 
 
 def rename(text: str, names: list[str], words: list[str], rng: random.Random) -> str:
@@ -72,8 +74,12 @@ def rename(text: str, names: list[str], words: list[str], rng: random.Random) ->
     new = {}
     for name in names:
         if rng.random() < 0.5:
-            invented = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(1, 3)))
-            new[name] = " ".join(rng.choice([invented, *rng.sample(words, 2)]) for _ in range(rng.randint(1, 2)))
+            invented = "".join(
+                rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(1, 3))
+            )
+            new[name] = " ".join(
+                rng.choice([invented, *rng.sample(words, 2)]) for _ in range(rng.randint(1, 2))
+            )
     if not new:
         return text
     pattern = "|".join(re.escape(name) for name in sorted(new, key=len, reverse=True))
@@ -93,7 +99,11 @@ def train_tokenizer(documents: list[str], vocab: int) -> PreTrainedTokenizerFast
     )  # fmt: skip
     tokenizer.train_from_iterator(documents, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -119,7 +129,9 @@ def main(config: Config) -> None:
         stream += [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
     stream = torch.tensor(stream)
     held_out, stream = stream[: 64 * config.context], stream[64 * config.context :]
-    print(f"{len(episodes)} episodes, {len(stream) / 1e6:.1f}M tokens, {len(' '.join(documents)) / len(stream):.2f} characters per token")
+    print(
+        f"{len(episodes)} episodes, {len(stream) / 1e6:.1f}M tokens, {len(' '.join(documents)) / len(stream):.2f} characters per token"
+    )
 
     architecture = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=config.hidden, num_hidden_layers=config.layers, num_attention_heads=config.heads,
@@ -170,7 +182,12 @@ def main(config: Config) -> None:
             log.write(f"{step},{seen},{loss.item():.4f},{evaluate():.4f}\n")
             log.flush()
         if step % 100 == 0 or seen >= config.tokens:
-            saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seen": seen}
+            saved = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step,
+                "seen": seen,
+            }
             torch.save(saved, state.with_suffix(".tmp"))
             state.with_suffix(".tmp").replace(state)
     half = model.to(torch.bfloat16)

@@ -19,7 +19,9 @@ DEMO = [
 ]  # fmt: skip
 
 
-def write(name: str, splits: dict[str, dict[str, list[int]]], split: str, most: dict[str, int], note: str) -> None:
+def write(
+    name: str, splits: dict[str, dict[str, list[int]]], split: str, most: dict[str, int], note: str
+) -> None:
     lines = [f"{task} {variation}" for task in splits for variation in splits[task][split][: most[task]]]
     header = [f"# ScienceWorld {split}: {note}", f"# {len(lines)} episodes: task variation"]
     (Path(__file__).parent / f"scienceworld_{name}_{split}.txt").write_text("\n".join(header + lines) + "\n")
@@ -35,9 +37,21 @@ def main() -> None:
         cap = {"train": 120, "dev": 10, "test": 10}[split]
         power = {"train": 8, "dev": 3, "test": 5}[split]
         most = {task: power if task in POWER else cap for task in glider}
-        write("glider", glider, split, most, f"the 24 types of GLIDER and STEP-HRL, the first {cap} variations of each")
+        write(
+            "glider",
+            glider,
+            split,
+            most,
+            f"the 24 types of GLIDER and STEP-HRL, the first {cap} variations of each",
+        )
         everything = {task: 10_000 if split == "train" else 10 for task in full}
-        write("full", full, split, everything, "all 30 types" + ("" if split == "train" else ", the first 10 of each"))
+        write(
+            "full",
+            full,
+            split,
+            everything,
+            "all 30 types" + ("" if split == "train" else ", the first 10 of each"),
+        )
     write("demo", demo, "train", dict.fromkeys(demo, 40), "8 types, the first 40 variations of each")
     write("demo", demo, "dev", dict.fromkeys(demo, 5), "8 types, the first 5 variations of each")
 

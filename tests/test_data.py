@@ -12,18 +12,14 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
+from batches import Batch, Mixture, collate, encode, micro_batches
 from data import (
     LEVELS,
-    Batch,
     Decision,
     Episode,
-    Mixture,
     Segment,
     Transition,
     Turn,
-    collate,
-    encode,
-    micro_batches,
     read_episodes,
     transitions,
     write_episodes,

@@ -11,10 +11,10 @@ LAYERS = [
     "envs prompts model logprob critic run scores",
     "scienceworld_env progress",  # worlds use the interface in envs
     "data",
-    "annotate learner hierarchy viewer",
-    "labels scripted",  # checks of what annotate writes; players without a model
+    "batches annotate hierarchy viewer",
+    "labels scripted learner",  # checks of what annotate writes; players without a model
     "teacher",
-    "collect train_sft train_orl train_o2o train_hiper eval plot bench demo panels/make base/pretrain",
+    "collect train_sft train_orl train_o2o train_hiper eval plot bench demo panels/make base/pretrain recipes/compare",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 SCRIPTS = set(LAYERS[-1].split())

@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from critic import Critics
-from data import LEVELS, Batch
+from batches import Batch
+from data import LEVELS
 from learner import Learner, RLConfig, actor_loss, losses
 
 torch.set_num_threads(1)

@@ -163,7 +163,9 @@ def fake_git(monkeypatch, answers):
     monkeypatch.setattr(run.subprocess, "run", execute)
 
 
-@pytest.mark.parametrize(("status", "commit"), [("", "f557a05abcde"), (" M model.py", "f557a05abcde+changes")])
+@pytest.mark.parametrize(
+    ("status", "commit"), [("", "f557a05abcde"), (" M model.py", "f557a05abcde+changes")]
+)
 def test_uncommitted_changes_show_in_the_commit(monkeypatch, status, commit):
     fake_git(monkeypatch, {"rev-parse": "f557a05abcde", "status": status})
     assert provenance()["commit"] == commit

@@ -50,7 +50,7 @@ def test_one_episode_per_type_has_an_interval_of_width_zero():
 
 
 def test_types_are_drawn_separately():
-    """Within a type nothing varies, between types all does: only a bootstrap over all episodes has a width."""
+    """Within a type nothing varies, between types all does: only drawing over all episodes has a width."""
     tasks = ["a"] * 5 + ["b"] * 5
     assert bootstrap_ci(tasks, [[0.0] * 5 + [100.0] * 5]) == (50, 50)
 
@@ -84,7 +84,7 @@ def test_the_same_seed_gives_the_same_interval():
 
 
 def test_seeds_are_drawn_first():
-    """Two seeds that differ in every episode: a quarter of the draws is all of one, so the ends are the two seeds."""
+    """A quarter of the draws takes one of the two seeds twice, so the ends are the two seeds."""
     assert bootstrap_ci(["a"] * 4, [[10.0] * 4, [90.0] * 4]) == (10, 90)
 
 

@@ -1,0 +1,140 @@
+"""Decisions as tokens: encode, collate into right-padded batches, split by length, and draw pools at a fixed ratio.
+
+Prompt and completion are encoded apart and their ids concatenated; what a policy sampled is never encoded again.
+What this file does not do: build a prompt (progress.py) or compute a loss (learner.py).
+"""
+
+import dataclasses
+import functools
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data import LEVELS, Transition
+
+
+@dataclass
+class Batch:
+    """B decisions as right-padded tokens; T is their longest prompt + completion, T2 the longest next prompt."""
+
+    input_ids: Tensor  # (B, T)
+    attention_mask: Tensor  # (B, T) bool
+    action_mask: Tensor  # (B, T) bool: the completion, its EOS included
+    state_index: Tensor  # (B,) last token of the prompt: V reads here
+    action_index: Tensor  # (B,) last token of the completion: Q reads here
+    next_ids: Tensor  # (B, T2)
+    next_mask: Tensor  # (B, T2) bool
+    next_index: Tensor  # (B,) last token of the next prompt
+    level: Tensor  # (B,) index into LEVELS
+    reward: Tensor  # (B,)
+    steps: Tensor  # (B,) environment steps spanned
+    terminated: Tensor  # (B,) bool: no bootstrap
+
+    def to(self, device) -> "Batch":
+        return Batch(*(getattr(self, f.name).to(device) for f in dataclasses.fields(self)))
+
+    def split(self, size: int) -> list["Batch"]:
+        """Micro-batches of at most `size` decisions, in order."""
+        columns = [getattr(self, f.name).split(size) for f in dataclasses.fields(self)]
+        return [Batch(*parts) for parts in zip(*columns, strict=True)]
+
+
+@functools.lru_cache(maxsize=200_000)
+def _ids(tokenizer, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def encode(
+    tokenizer, prompt: str, completion: str, completion_ids: list[int] = ()
+) -> tuple[list[int], list[int]]:
+    """Prompt ids (with BOS, once) and completion ids (apart, EOS appended); sampled ids are never encoded again."""
+    prompt_ids = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    prompt_ids += _ids(tokenizer, prompt)
+    if not completion_ids:
+        completion_ids = [*_ids(tokenizer, completion), tokenizer.eos_token_id]
+    return prompt_ids, list(completion_ids)
+
+
+def _pad(rows: list[list[int]], fill: int) -> tuple[Tensor, Tensor]:
+    """Right-padded (B, T) ids and their mask; the mask comes from lengths, never from `ids == fill`."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([row + [fill] * (width - len(row)) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, torch.arange(width) < lengths[:, None]
+
+
+def collate(items: list[Transition], tokenizer) -> Batch:
+    """Decisions -> Batch. A terminated decision has no next prompt; one token stands in, and `terminated` masks it."""
+    pairs = [encode(tokenizer, t.prompt, t.completion, t.completion_ids) for t in items]
+    nexts = [encode(tokenizer, t.next_prompt, "")[0] or [tokenizer.eos_token_id] for t in items]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    input_ids, attention_mask = _pad([p + c for p, c in pairs], pad)
+    next_ids, next_mask = _pad(nexts, pad)
+    state_index = torch.tensor([len(p) - 1 for p, _ in pairs])
+    return Batch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        action_mask=attention_mask & (torch.arange(input_ids.shape[1]) > state_index[:, None]),
+        state_index=state_index,
+        action_index=torch.tensor([len(p) + len(c) - 1 for p, c in pairs]),
+        next_ids=next_ids,
+        next_mask=next_mask,
+        next_index=next_mask.sum(1) - 1,
+        level=torch.tensor([LEVELS.index(t.level) for t in items]),
+        reward=torch.tensor([t.reward for t in items], dtype=torch.float32),
+        steps=torch.tensor([t.steps for t in items]),
+        terminated=torch.tensor([t.terminated for t in items]),
+    )
+
+
+def micro_batches(items: list[Transition], tokenizer, max_tokens: int) -> list[list[Transition]]:
+    """Splits decisions into groups of like length whose padded size stays below max_tokens: little padding, bounded memory."""
+    lengths = {
+        id(t): sum(map(len, encode(tokenizer, t.prompt, t.completion, t.completion_ids))) for t in items
+    }
+    groups, width = [[]], 0
+    for item in sorted(items, key=lambda t: lengths[id(t)]):
+        width = lengths[id(item)]
+        if groups[-1] and width * (len(groups[-1]) + 1) > max_tokens:
+            groups.append([])
+        groups[-1].append(item)
+    return groups
+
+
+# --- sampling -----------------------------------------------------------------------------------------------------
+class Mixture:
+    """Endless batches drawn from named pools at fixed ratios, e.g. {"expert": 1, "rollout": 2} (GLIDER's 1:2).
+
+    Every pool is walked in its own seeded order, reshuffled each time it is used up. state_dict() makes it resumable.
+    """
+
+    def __init__(self, pools: dict[str, list[Transition]], ratio: dict[str, float], seed: int):
+        ratio = {name: share for name, share in ratio.items() if share > 0}
+        if empty := [name for name in ratio if not pools.get(name)]:
+            raise ValueError(f"no transitions in {empty}: collect them first or set their ratio to 0")
+        self.pools, self.ratio, self.seed = pools, ratio, seed
+        self.used = dict.fromkeys(ratio, 0)  # decisions drawn so far, per pool
+        self._orders = {}
+
+    def _item(self, name: str) -> Transition:
+        pool = self.pools[name]
+        epoch, position = divmod(self.used[name], len(pool))
+        if self._orders.get(name, (None,))[0] != epoch:
+            order = list(range(len(pool)))
+            random.Random(f"{self.seed}/{name}/{epoch}").shuffle(order)
+            self._orders[name] = (epoch, order)
+        self.used[name] += 1
+        return pool[self._orders[name][1][position]]
+
+    def batch(self, size: int) -> list[Transition]:
+        """`size` decisions; each comes from the pool that is furthest behind its ratio."""
+        names = list(self.ratio)
+        return [self._item(min(names, key=lambda n: self.used[n] / self.ratio[n])) for _ in range(size)]
+
+    def state_dict(self) -> dict:
+        return {"used": dict(self.used)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.used = dict(state["used"])

@@ -1,0 +1,506 @@
+"""The scripts in the real simulator with a tiny model: from exploration and gold paths to a result."""
+
+import csv
+import dataclasses
+import json
+import math
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import collect
+import envs
+import eval as evaluation
+import train_orl
+import train_sft
+from base import pretrain
+from critic import load_critics
+from data import LEVELS, read_episodes, transitions, write_episodes
+from learner import Learner
+from model import load_policy
+from train_orl import RLConfig
+
+ROOT = Path(__file__).parent.parent
+PANEL = [("lifespan-longest-lived", 0), ("find-non-living-thing", 0)]
+HERE = {"threads": 1, "device": "cpu"}
+WORLD = HERE | {"panel": "tiny", "workers": 0}
+FIELDS = {
+    "benchmark", "panel", "split", "agent", "stage", "checkpoint", "seeds", "max_steps", "episodes",
+    "macro_mean", "ci95", "success_rate", "success_ci95", "per_type", "tokens_per_decision",
+    "tokens_per_step", "mean_steps", "parse_failure_rate", "capped_subtasks", "scores", "minutes",
+    "command", "commit", "versions", "hardware",
+}  # fmt: skip
+
+
+def sft(w, out, **options):
+    """A short SFT run: 6 steps."""
+    decisions = sum(len(transitions(e)) for e in read_episodes(w.gold))
+    defaults = {"rank": 4, "epochs": 6 * 8 / decisions, "batch_size": 8, "save_every": 2, "lr": 1e-3}
+    train_sft.main(train_sft.Config(w.gold, out, model=str(w.base), **HERE | defaults | options))
+    return out
+
+
+def orl(w, out, **options):
+    """A short offline RL run: 6 steps, the first one of the critics alone."""
+    defaults = {"init": w.sft, "expert": w.gold, "rollouts": w.rollouts, "steps": 6, "warmup_steps": 1}
+    defaults |= {"batch_size": 6, "save_every": 2, "rl": RLConfig(actor_lr=1e-3, critic_lr=1e-3)}
+    train_orl.main(train_orl.Config(out=out, **HERE | defaults | options))
+    return out
+
+
+def roll_out(w, out, **options):
+    """Episodes of the SFT policy, at most 5 steps each."""
+    config = collect.Config(out, "policy", checkpoint=w.sft, max_steps=5, **WORLD | options)
+    collect.main(config)
+    return read_episodes(out)
+
+
+def evaluate(w, name, **options):
+    options = {"max_steps": 5} | options
+    return evaluation.main(evaluation.Config(w.root / "eval", name, **WORLD | options))
+
+
+@pytest.fixture(scope="module")
+def simulator():
+    """One Java process for the whole file: starting one takes seconds."""
+    world = envs.make_world("scienceworld", 50)
+    yield world
+    world.close()
+
+
+@pytest.fixture(scope="module")
+def w(simulator, tmp_path_factory):
+    """The whole pipeline, once: every later test reads its files or runs one stage again."""
+    root = tmp_path_factory.mktemp("pipeline")
+
+    class Shared:
+        """The simulator above for a pool in this process, which may not close it."""
+
+        def __init__(self, env, max_steps):
+            simulator.max_steps = max_steps
+
+        def __getattr__(self, name):
+            return getattr(simulator, name)
+
+        def close(self):
+            pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(envs, "make_world", Shared)
+        patch.setattr(envs, "PANELS", root)
+        patch.setattr(evaluation, "RESULTS", root / "recorded")
+        for panel, lines in {"tiny": PANEL, "one": PANEL[:1]}.items():
+            for split in ("train", "dev", "test"):
+                text = "# a comment\n" + "".join(f"{task} {variation}\n" for task, variation in lines)
+                (root / f"scienceworld_{panel}_{split}.txt").write_text(text)
+        w = SimpleNamespace(
+            root=root, base=root / "base", gold=root / "gold.jsonl", explore=root / "explore.jsonl"
+        )
+        collect.main(collect.Config(w.gold, "gold", **WORLD))
+        collect.main(collect.Config(w.explore, "explore", repeats=3, max_steps=25, **WORLD))
+        pretrain.main(
+            pretrain.Config(
+                (w.explore,), w.base, vocab=1000, hidden=64, layers=2, heads=4, feed_forward=128, context=32,
+                rows=4, tokens=15_000, threads=1,
+            )
+        )  # fmt: skip
+        w.sft = sft(w, root / "sft")
+        w.rollouts = root / "rollouts.jsonl"
+        w.rolled = roll_out(w, w.rollouts)
+        w.orl = orl(w, root / "orl")
+        yield w
+
+
+def metrics(folder):
+    """{metric: [value per logged step]}."""
+    series = {}
+    for row in csv.DictReader((folder / "metrics.csv").open()):
+        series.setdefault(row["metric"], []).append(float(row["value"]))
+    return series
+
+
+def adapter(folder):
+    return load_file(folder / "adapter" / "shared" / "adapter_model.safetensors")
+
+
+def tensors(folder):
+    """{file: {name: bytes}} of every exported weight file (the order of a file's header varies)."""
+    return {
+        str(path.relative_to(folder)): {name: t.numpy().tobytes() for name, t in load_file(path).items()}
+        for path in sorted(folder.rglob("*.safetensors"))
+    }
+
+
+# --- collection ---------------------------------------------------------------------------------------------
+def test_gold_episodes_are_annotated_successes_that_can_be_trained_on(w):
+    episodes = read_episodes(w.gold)
+    assert sorted((e.task, e.variation) for e in episodes) == sorted(PANEL)
+    for episode in episodes:
+        assert episode.success and episode.score == 100 and episode.source == "expert"
+        assert episode.turns[-1].terminated
+        assert {t.level for t in transitions(episode)} == set(LEVELS)
+
+
+def test_exploration_plays_every_episode_with_other_seeds_and_holds_no_role_prompt(w):
+    episodes = read_episodes(w.explore)
+    assert len(episodes) == 3 * len(PANEL)
+    assert len({(e.task, tuple(t.action for t in e.turns)) for e in episodes}) == 3 * len(PANEL)
+    assert not any("Subtask:" in t.obs or t.subtask for e in episodes for t in e.turns)
+
+
+def test_rollouts_keep_what_was_sampled(w):
+    for episode in w.rolled:
+        assert 0 < len(episode.turns) <= 5
+        assert episode.source == "sft-0-0"
+        assert {t.completion_ids != [] for t in transitions(episode)} == {True}
+        assert all(len(d.ids) == len(d.logprobs) for d in episode.decisions)
+
+
+def equal(a, b):
+    """Equal episodes, log-probs up to the rounding of another batch."""
+    for x, y in zip(a.decisions, b.decisions, strict=True):
+        assert x.logprobs == pytest.approx(y.logprobs, abs=1e-3)
+        assert x.ids == y.ids
+
+    def rest(e):
+        return dataclasses.replace(e, decisions=[])
+
+    assert rest(a) == rest(b)
+
+
+def test_an_interrupted_collection_goes_on_without_playing_again(w, tmp_path, monkeypatch):
+    def stop_after_one(path, episodes, append):
+        write_episodes(path, episodes, append)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(collect, "write_episodes", stop_after_one)
+        roll_out(w, tmp_path / "r.jsonl")
+    first_line = (tmp_path / "r.jsonl").read_text()
+    assert first_line.count("\n") == 1
+
+    played = []
+
+    def spy(pool, panel, *args, **options):
+        played.extend(panel)
+        return original(pool, panel, *args, **options)
+
+    original = collect.rollout
+    monkeypatch.setattr(collect, "rollout", spy)
+    episodes = roll_out(w, tmp_path / "r.jsonl")
+    assert played == [e for e in PANEL if e != (episodes[0].task, episodes[0].variation)]
+    assert (tmp_path / "r.jsonl").read_text().startswith(first_line)
+    for found, expected in zip(episodes, w.rolled, strict=True):
+        equal(found, expected)
+    roll_out(w, tmp_path / "r.jsonl")
+    assert len(played) == 1, "a complete file is left alone"
+
+
+def test_repeats_sample_other_episodes(w, tmp_path):
+    episodes = roll_out(w, tmp_path / "r.jsonl", panel="one", repeats=2)
+    assert [e.source for e in episodes] == ["sft-0-0", "sft-0-1"]
+    first, second = ([t.raw_text for t in e.turns] for e in episodes)
+    assert first != second
+    assert collect.duplicates(episodes) == 0 and collect.duplicates(episodes[:1] * 4) == 0.75
+
+
+# --- training -----------------------------------------------------------------------------------------------
+def test_the_base_was_pretrained_and_resumes_as_finished(w):
+    rows = list(csv.reader((w.base / "pretrain_log.csv").open()))
+    assert int(rows[-1][0]) > 3 and float(rows[-1][-1]) < math.log(1000), (
+        "better than uniform on held-out text"
+    )
+    _, tokenizer, _ = load_policy(w.sft)
+    assert tokenizer("37", add_special_tokens=False).input_ids == [
+        *tokenizer("3", add_special_tokens=False).input_ids,
+        *tokenizer("7", add_special_tokens=False).input_ids,
+    ]
+
+
+def test_sft_moves_the_adapter_and_leaves_a_whole_run(w):
+    assert {p.name for p in w.sft.iterdir()} >= {
+        "config.json",
+        "metrics.csv",
+        "state.pt",
+        "adapter",
+        "policy.json",
+    }
+    meta = json.loads((w.sft / "policy.json").read_text())
+    assert (meta["stage"], meta["steps"], meta["rank"]) == ("sft", 6, 4)
+    assert all(t.abs().max() > 0 for name, t in adapter(w.sft).items() if "lora_B" in name)
+
+
+def test_a_used_folder_is_refused(w):
+    with pytest.raises(ValueError, match="already holds a run"):
+        sft(w, w.sft)
+    with pytest.raises(ValueError, match="already holds a run"):
+        orl(w, w.orl)
+
+
+def interrupted(monkeypatch, owner, name, call, run):
+    """Runs `run` and presses Ctrl-C at the `call`-th call of owner.name."""
+    original, calls = getattr(owner, name), []
+
+    def press(*args, **options):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="go on with --resume"):
+        patch.setattr(owner, name, press)
+        run()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"adapters": "separate"}, {"rank": 0}], ids=["shared", "separate", "rank 0"]
+)
+def test_an_interrupted_sft_run_ends_bit_for_bit_as_an_uninterrupted_one(w, tmp_path, monkeypatch, options):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = options | {"tokens_per_forward": 10**6}  # one forward per step
+    sft(w, whole, **options)
+    interrupted(
+        monkeypatch, train_sft, "sft_loss", 4, lambda: sft(w, cut, **options)
+    )  # saved at 2, stopped in 4
+    assert not (cut / "policy.json").exists()
+    sft(w, cut, resume=True, **options)
+    assert tensors(cut) == tensors(whole) != {}
+    assert (cut / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+
+
+def test_an_sft_run_stopped_before_its_first_state_starts_again(w, tmp_path, monkeypatch):
+    interrupted(
+        monkeypatch, train_sft, "sft_loss", 2, lambda: sft(w, tmp_path / "cut", tokens_per_forward=10**6)
+    )
+    sft(w, tmp_path / "cut", resume=True)
+    assert tensors(tmp_path / "cut") == tensors(w.sft)
+    assert (tmp_path / "cut/metrics.csv").read_text() == (w.sft / "metrics.csv").read_text()
+
+
+def test_an_interrupted_orl_run_ends_bit_for_bit_as_an_uninterrupted_one(w, tmp_path, monkeypatch):
+    interrupted(monkeypatch, Learner, "update", 4, lambda: orl(w, tmp_path / "cut"))
+    orl(w, tmp_path / "cut", resume=True)
+    assert set(tensors(w.orl)) == {"adapter/shared/adapter_model.safetensors", "critic.safetensors"}
+    assert tensors(tmp_path / "cut") == tensors(w.orl)
+    assert (tmp_path / "cut/metrics.csv").read_text() == (w.orl / "metrics.csv").read_text()
+
+
+def test_orl_starts_from_sft_and_moves_it(w, tmp_path):
+    orl(w, tmp_path / "still", steps=2, warmup_steps=2)
+    before, still, after = adapter(w.sft), adapter(tmp_path / "still"), adapter(w.orl)
+    assert all(torch.equal(before[name], still[name]) for name in before), "warm-up trains the critics only"
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_orl_saves_critics_that_load_and_that_its_targets_follow(w):
+    _, _, meta = load_policy(w.orl)
+    assert (meta["stage"], meta["steps"]) == ("orl", 6)
+    critics = load_critics(w.orl / "critic.safetensors", hidden_size=64)
+    pairs = list(zip(critics.online.parameters(), critics.target.parameters(), strict=True))
+    assert all(a.isfinite().all() for a, _ in pairs) and any(not torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("shares", "expected"), [({}, 4), ({"expert_share": 0.0}, 0), ({"rollout_share": 1.0}, 6)]
+)
+def test_orl_mixes_expert_and_rollouts_at_their_ratio(w, tmp_path, monkeypatch, shares, expected):
+    """The default is 1:2 in every batch of 12."""
+    experts, original = [], train_orl.micro_batches
+
+    def spy(items, *args):
+        experts.append(sum(t.source == "expert" for t in items))
+        return original(items, *args)
+
+    monkeypatch.setattr(train_orl, "micro_batches", spy)
+    orl(w, tmp_path / "orl", steps=3, batch_size=12, **shares)
+    assert experts == [expected] * 3
+
+
+def test_orl_runs_when_every_rollout_failed(w, tmp_path):
+    failed = []
+    for episode in read_episodes(w.rollouts):
+        turns = [dataclasses.replace(t, reward=0.0, verified_done=False) for t in episode.turns]
+        failed.append(dataclasses.replace(episode, turns=turns, score=0.0, success=False))
+    write_episodes(tmp_path / "failed.jsonl", failed)
+    orl(w, tmp_path / "orl", rollouts=tmp_path / "failed.jsonl", expert_share=0.0)
+    values = metrics(tmp_path / "orl")
+    assert len(values["executor/q_loss"]) == 6
+    assert all(math.isfinite(x) for series in values.values() for x in series)
+
+
+def test_orl_with_behaviour_cloning_gives_every_decision_weight_one(w, tmp_path):
+    orl(w, tmp_path / "bc", rl=RLConfig(actor="bc"), steps=2)
+    orl(w, tmp_path / "awr", rl=RLConfig(temperature=0.01), steps=2)
+    assert set(metrics(tmp_path / "bc")["executor/weight_mean"]) == {1.0}
+    assert 1.0 not in metrics(tmp_path / "awr")["executor/weight_mean"]
+
+
+# --- evaluation ---------------------------------------------------------------------------------------------
+def test_a_result_has_exactly_the_documented_fields(w):
+    result = evaluate(w, "orl", checkpoint=w.orl)
+    assert result == json.loads((w.root / "eval/results/orl.json").read_text())
+    assert set(result) == FIELDS
+    assert (result["benchmark"], result["panel"], result["split"]) == ("scienceworld", "tiny", "dev")
+    assert (result["agent"], result["stage"], result["checkpoint"]) == ("orl", "orl", str(w.orl))
+    assert (result["seeds"], result["episodes"], result["max_steps"]) == ([0], 2, 5)
+    assert set(result["per_type"]) == {task for task, _ in PANEL}
+    assert set(result["tokens_per_decision"]) == set(LEVELS)
+    low, high = result["ci95"]
+    assert 0 <= low <= result["macro_mean"] <= high <= 100
+    episodes = read_episodes(w.root / "eval/episodes/orl.jsonl")
+    assert [(e.task, e.variation) for e in episodes] == PANEL, "in the order of the panel"
+    assert result["scores"] == [e.score for e in episodes]
+    assert result["mean_steps"] == sum(len(e.turns) for e in episodes) / 2
+
+
+def test_evaluating_twice_gives_the_same_scores_and_the_same_episodes(w):
+    """The second time in a worker process with a Java of its own."""
+    first, second = (evaluate(w, n, checkpoint=w.orl, workers=i) for i, n in enumerate(("once", "twice")))
+    changing = ("agent", "minutes")
+    assert {k: v for k, v in first.items() if k not in changing} == {
+        k: v for k, v in second.items() if k not in changing
+    }
+    once, twice = ((w.root / f"eval/episodes/{name}.jsonl").read_bytes() for name in ("once", "twice"))
+    assert once == twice
+
+
+def test_one_slot_plays_as_many_slots_do(w):
+    """A greedy episode alone equals the same episode in a batch."""
+    evaluate(w, "many", checkpoint=w.sft)
+    evaluate(w, "alone", checkpoint=w.sft, slots=1)
+    many, alone = (read_episodes(w.root / f"eval/episodes/{name}.jsonl") for name in ("many", "alone"))
+    for a, b in zip(many, alone, strict=True):
+        equal(a, b)
+
+
+def test_the_gold_agent_scores_100(w):
+    result = evaluate(w, "gold", agent="gold", max_steps=50)
+    assert (result["macro_mean"], result["success_rate"], result["ci95"]) == (100, 1, [100, 100])
+    assert result["stage"] == "gold" and result["tokens_per_decision"] == {}
+
+
+def test_the_random_agent_plays_valid_actions_from_its_seed(w):
+    options = {"agent": "random", "panel": "one", "max_steps": 3}
+    results = [evaluate(w, f"random-{i}", seed=seed, **options) for i, seed in enumerate((0, 0, 1))]
+    played = [read_episodes(w.root / f"eval/episodes/random-{i}.jsonl")[0] for i in range(3)]
+    actions = [[t.action for t in e.turns] for e in played]
+    assert actions[0] == actions[1] != actions[2]
+    assert not any(e.obs_after(t).startswith("No known action") for e in played for t in range(len(e.turns)))
+    assert results[0]["scores"] == results[1]["scores"]
+
+
+def test_zero_shot_is_the_backbone_without_an_adapter(w):
+    result = evaluate(w, "zero", agent="zero-shot", model=str(w.base), panel="one", max_steps=2)
+    assert result["stage"] == "zero-shot"
+    assert result["checkpoint"] == json.loads((w.sft / "policy.json").read_text())["base"]
+    zero, tuned = read_episodes(w.root / "eval/episodes/zero.jsonl")[0], w.rolled[0]
+    assert zero.decisions and zero.source == "zero-shot" != tuned.source
+
+
+def test_the_test_split_is_refused_without_a_reason_and_recorded_with_one(w):
+    log = w.root / "recorded" / "test_log.jsonl"
+    with pytest.raises(ValueError, match="--reason"):
+        evaluate(w, "headline", checkpoint=w.orl, split="test", panel="one")
+    assert not log.exists() and not (w.root / "eval/results/headline.json").exists()
+    evaluate(w, "dev", checkpoint=w.orl, split="dev", panel="one", max_steps=1)
+    assert not log.exists(), "dev leaves no record"
+    for reason in ("chosen on dev", "again"):
+        result = evaluate(
+            w, "headline", checkpoint=w.orl, split="test", panel="one", max_steps=1, reason=reason
+        )
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [r["reason"] for r in records] == ["chosen on dev", "again"]
+    assert set(records[0]) == {
+        "panel", "agent", "macro_mean", "ci95", "commit", "command", "checkpoint_hash", "reason"
+    }  # fmt: skip
+    assert records[0]["checkpoint_hash"] == evaluation.file_hash(w.orl / "adapter")
+    assert records[1]["macro_mean"] == result["macro_mean"]
+
+
+def test_an_overfitted_policy_replays_its_gold_path_in_the_simulator(w, tmp_path):
+    """Score 100 from the weights alone: prompts, masks, training, sampling, parsing and the world agree."""
+    gold = next(e for e in read_episodes(w.gold) if (e.task, e.variation) == PANEL[0])
+    write_episodes(tmp_path / "one.jsonl", [gold])
+    count = len(transitions(gold))
+    config = train_sft.Config(
+        tmp_path / "one.jsonl", tmp_path / "sft", model=str(w.base), rank=0, epochs=200, batch_size=count,
+        lr=3e-3, precision="fp32", **HERE,
+    )  # fmt: skip
+    train_sft.main(config)
+    loss = metrics(tmp_path / "sft")["train/loss"]
+    assert loss[0] > 2 and loss[-1] < 0.05
+    result = evaluate(w, "overfit", checkpoint=tmp_path / "sft", panel="one", max_steps=50)
+    (episode,) = read_episodes(w.root / "eval/episodes/overfit.jsonl")
+    assert [t.action for t in episode.turns] == [t.action for t in gold.turns]
+    assert [t.progress for t in episode.turns] == [t.progress for t in gold.turns]
+    assert [s.subtask for s in episode.segments] == [s.subtask for s in gold.segments]
+    assert result["macro_mean"] == 100 and result["success_rate"] == 1 and result["parse_failure_rate"] == 0
+    # Prompts and answers rebuilt from the played episode are those of the expert.
+    played, trained = transitions(episode), transitions(gold)
+    assert [(t.level, t.prompt, t.completion) for t in played] == [
+        (t.level, t.prompt, t.completion) for t in trained
+    ]
+
+
+# --- mistakes -----------------------------------------------------------------------------------------------
+def command_line(monkeypatch, script, *args):
+    """What `python script args` ends with: its exit message."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    return stop.value.code
+
+
+def test_mistakes_end_with_one_line_that_names_the_fix(w, tmp_path, monkeypatch):
+    (w.root / "scienceworld_wrong_train.txt").write_text("lifespan-longest-lived 0\nmake-coffee 0\n")
+    (w.root / "scienceworld_wrong_dev.txt").write_text("boil\n")
+    damaged, bare = tmp_path / "damaged.jsonl", tmp_path / "bare.jsonl"
+    damaged.write_text(w.gold.read_text().splitlines()[0] + '\n{"schema": 1, "env": "scie')
+    write_episodes(bare, read_episodes(w.explore)[:1])
+    out, new = tmp_path / "out", tmp_path / "new.jsonl"
+    common = ["--threads", 1, "--device", "cpu"]
+    train = ["train_sft.py", "--model", w.base, "--out", out, *common]
+    orl_run = ["train_orl.py", "--init", w.sft, "--expert", w.gold, "--out", out, *common]
+    play = ["eval.py", "--out", tmp_path / "eval", "--name", "x", "--workers", 0, *common]
+    make = ["collect.py", "--out", new, "--workers", 0, *common]
+    for command, message in [
+        ([*make, "--panel", "wrong"], "unknown ScienceWorld task 'make-coffee'"),
+        ([*make, "--panel", "nope"], "no panel 'scienceworld_nope_train'"),
+        ([*make, "--source", "policy"], "--source policy needs --checkpoint"),
+        ([*make, "--source", "policy", "--checkpoint", out, "--panel", "tiny"], "no checkpoint at"),
+        (["collect.py", "--out", damaged, "--panel", "tiny", *common], "damaged.jsonl:2: damaged JSON"),
+        ([*train, "--data", tmp_path / "missing.jsonl"], "no trajectories at"),
+        ([*train, "--data", damaged], "damaged.jsonl:2: damaged JSON"),
+        ([*train, "--data", bare], "has no subtasks: annotate it"),
+        ([*train, "--data", w.gold, "--model", tmp_path / "nowhere"], "no model at"),
+        ([*orl_run, "--rollouts", tmp_path / "missing.jsonl"], "no trajectories at"),
+        ([*orl_run, "--rollouts", w.rollouts, "--init", out], "no checkpoint at"),
+        ([*play, "--panel", "wrong"], "--agent policy needs --checkpoint"),
+        ([*play, "--panel", "wrong", "--agent", "random"], "scienceworld_wrong_dev.txt:1: 'boil' is not"),
+        (
+            [*play, "--panel", "tiny", "--checkpoint", w.orl, "--split", "test"],
+            "a test split is reported once",
+        ),
+    ]:
+        code = command_line(monkeypatch, *command)
+        assert isinstance(code, str) and code.startswith("error: "), command
+        assert message in code and "\n" not in code, command
+    assert not out.exists(), "a run that could not start leaves no folder behind"
+    assert command_line(monkeypatch, *train, "--data", w.gold, "--gama", 1) == 2, "tyro refuses a typo"
+
+
+def test_a_script_that_fails_says_so_on_stderr_and_exits_with_1(tmp_path):
+    command = [sys.executable, "train_sft.py", "--data", "nowhere.jsonl", "--out", str(tmp_path / "out")]
+    command += ["--model", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert (
+        done.stderr.strip().splitlines()[-1].startswith("error: no model at")
+        and "Traceback" not in done.stderr
+    )
