@@ -1,7 +1,7 @@
-"""Decisions as tokens: encode, collate into right-padded batches, split by length, and draw pools at a fixed ratio.
+"""Decisions as tokens: encode, collate into right-padded batches, split by length, draw pools at a fixed ratio.
 
-Prompt and completion are encoded apart and their ids concatenated; what a policy sampled is never encoded again.
-What this file does not do: build a prompt (progress.py) or compute a loss (learner.py).
+Prompt and completion are encoded apart and their ids concatenated; what a policy sampled is never encoded
+again. What this file does not do: build a prompt (progress.py) or compute a loss (learner.py).
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from data import LEVELS, Transition
 
 @dataclass
 class Batch:
-    """B decisions as right-padded tokens; T is their longest prompt + completion, T2 the longest next prompt."""
+    """B decisions as right-padded tokens; T: longest prompt + completion, T2: longest next prompt."""
 
     input_ids: Tensor  # (B, T)
     attention_mask: Tensor  # (B, T) bool
@@ -49,7 +49,7 @@ def _ids(tokenizer, text: str) -> tuple[int, ...]:
 def encode(
     tokenizer, prompt: str, completion: str, completion_ids: list[int] = ()
 ) -> tuple[list[int], list[int]]:
-    """Prompt ids (with BOS, once) and completion ids (apart, EOS appended); sampled ids are never encoded again."""
+    """Prompt ids (with BOS, once) and completion ids (EOS appended); sampled ids are never encoded again."""
     prompt_ids = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     prompt_ids += _ids(tokenizer, prompt)
     if not completion_ids:
@@ -66,7 +66,7 @@ def _pad(rows: list[list[int]], fill: int) -> tuple[Tensor, Tensor]:
 
 
 def collate(items: list[Transition], tokenizer) -> Batch:
-    """Decisions -> Batch. A terminated decision has no next prompt; one token stands in, and `terminated` masks it."""
+    """Decisions -> Batch. Where a decision terminated, one token stands in for the next prompt, and is masked."""
     pairs = [encode(tokenizer, t.prompt, t.completion, t.completion_ids) for t in items]
     nexts = [encode(tokenizer, t.next_prompt, "")[0] or [tokenizer.eos_token_id] for t in items]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -90,7 +90,7 @@ def collate(items: list[Transition], tokenizer) -> Batch:
 
 
 def micro_batches(items: list[Transition], tokenizer, max_tokens: int) -> list[list[Transition]]:
-    """Splits decisions into groups of like length whose padded size stays below max_tokens: little padding, bounded memory."""
+    """Splits decisions into groups of like length, at most max_tokens padded: little padding, bounded memory."""
     lengths = {
         id(t): sum(map(len, encode(tokenizer, t.prompt, t.completion, t.completion_ids))) for t in items
     }
@@ -103,11 +103,12 @@ def micro_batches(items: list[Transition], tokenizer, max_tokens: int) -> list[l
     return groups
 
 
-# --- sampling -----------------------------------------------------------------------------------------------------
+# --- sampling -------------------------------------------------------------------------------------------
 class Mixture:
     """Endless batches drawn from named pools at fixed ratios, e.g. {"expert": 1, "rollout": 2} (GLIDER's 1:2).
 
-    Every pool is walked in its own seeded order, reshuffled each time it is used up. state_dict() makes it resumable.
+    Every pool is walked in its own seeded order, reshuffled each time it is used up. state_dict() makes it
+    resumable.
     """
 
     def __init__(self, pools: dict[str, list[Transition]], ratio: dict[str, float], seed: int):

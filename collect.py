@@ -1,4 +1,4 @@
-"""Script: trajectories as JSONL. Gold paths annotated by a teacher, rollouts of a trained policy, or exploration (text for base/).
+"""Script: trajectories as JSONL: annotated gold paths, rollouts of a policy, or exploration (text for base/).
 
     python collect.py --source gold --panel demo --out out/demo/gold.jsonl
     python collect.py --source policy --checkpoint out/demo/sft --panel demo --out out/demo/rollouts.jsonl
@@ -9,7 +9,6 @@ Collection resumes: episodes already in the file are kept and not played again.
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -57,7 +56,8 @@ def annotated_gold(pool: EnvPool, panel: list, config: Config) -> Iterator[Episo
             yield annotate.annotate(episode, teacher)
         else:
             tqdm.write(
-                f"left out: the gold path of {episode.task} {episode.variation} ends at score {episode.score:.0f}"
+                f"left out: the gold path of {episode.task} {episode.variation} "
+                f"ends at score {episode.score:.0f}"
             )
 
 
@@ -69,13 +69,14 @@ def play(pool: EnvPool, panel: list, config: Config, repeat: int) -> Iterator[Ep
         return scripted.play_explore(pool, panel, config.env, episode_seed(config.seed, repeat))
     model, tokenizer, meta = load_policy(config.checkpoint, pick_device(config.device))
     return rollout(
-        pool, panel, Policy(model, tokenizer, config.temperature), annotate.judge, env=config.env, history=meta["history"],
-        seed=episode_seed(config.seed, repeat), source=f"{meta['stage']}-{config.seed}-{repeat}", counts=Counts(),
+        pool, panel, Policy(model, tokenizer, config.temperature), annotate.judge, env=config.env,
+        history=meta["history"], seed=episode_seed(config.seed, repeat),
+        source=f"{meta['stage']}-{config.seed}-{repeat}", counts=Counts(),
     )  # fmt: skip
 
 
 def duplicates(episodes: list[Episode]) -> float:
-    """Share of episodes whose (task, variation, actions) occurred before: greedy or cold sampling repeats itself."""
+    """Share of episodes whose (task, variation, actions) occurred before; cold sampling repeats itself."""
     keys = Counter((e.task, e.variation, tuple(t.action for t in e.turns)) for e in episodes)
     return 1 - len(keys) / max(1, len(episodes))
 
@@ -84,11 +85,7 @@ def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
     if config.source == "policy" and config.checkpoint is None:
         raise ValueError("--source policy needs --checkpoint FOLDER: train one with train_sft.py")
-    panel = read_panel(config.env, config.panel, "train")
-    if config.limit:
-        panel = [
-            e for _, group in groupby(sorted(panel), key=lambda e: e[0]) for e in list(group)[: config.limit]
-        ]
+    panel = read_panel(config.env, config.panel, "train", config.limit)
     done = (
         Counter((e.task, e.variation) for e in read_episodes(config.out))
         if config.out.exists()
@@ -110,7 +107,8 @@ def main(config: Config) -> None:
     episodes = read_episodes(config.out)
     mean = sum(max(0.0, e.score) for e in episodes) / len(episodes)
     print(
-        f"{config.out}: {len(episodes)} episodes, mean score {mean:.1f}, {duplicates(episodes):.1%} duplicates"
+        f"{config.out}: {len(episodes)} episodes, mean score {mean:.1f}, "
+        f"{duplicates(episodes):.1%} duplicates"
     )
 
 

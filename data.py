@@ -1,7 +1,7 @@
-"""What travels: Turn, Segment, Episode (one JSON line each) and Transition, the decisions of the three levels.
+"""What travels: Turn, Segment, Episode (a JSON line) and Transition, one decision of one of the three levels.
 
-GLIDER (arXiv:2505.19761) eqs. 1-2 and STEP-HRL (arXiv:2604.05808): D^h holds one transition per subtask, D^l one
-per action, D^p one per update of the local progress. What this file does not do: play, annotate or batch.
+GLIDER (arXiv:2505.19761) eqs. 1-2 and STEP-HRL (arXiv:2604.05808): D^h holds one transition per subtask, D^l
+one per action, D^p one per update of the local progress. What this file does not do: play, annotate or batch.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ SCHEMA = 1  # raised when a field changes its meaning
 LEVELS = ("planner", "executor", "progress")
 
 
-# --- episodes -----------------------------------------------------------------------------------------------------
+# --- episodes -------------------------------------------------------------------------------------------
 @dataclass
 class Turn:
-    """One environment step: obs is what the agent saw BEFORE acting; reward and the flags are what the action brought."""
+    """One environment step: obs was seen BEFORE acting; reward and the flags are what the action brought."""
 
     obs: str
     action: str
@@ -50,14 +50,14 @@ class Decision:
     """The tokens a policy sampled for one decision, kept so that nothing sampled is ever encoded again."""
 
     level: str
-    turn: int  # planner: first turn of the segment; executor: its turn; progress: the turn whose outcome it folds in
+    turn: int  # planner: first turn of the segment; executor: its turn; progress: the turn that it folds in
     ids: list[int]
     logprobs: list[float]  # log pi of each token at temperature 1
 
 
 @dataclass
 class Episode:
-    """N turns and N + 1 observations (the last one is final_obs). score is the raw score at the end, in points."""
+    """N turns and N + 1 observations (the last is final_obs). score is the raw score at the end, in points."""
 
     env: str
     task: str
@@ -86,13 +86,14 @@ def _parse(cls, record: dict, where: str):
     if not isinstance(record, dict) or set(record) != set(names):
         found = sorted(record) if isinstance(record, dict) else type(record).__name__
         raise ValueError(
-            f"{where}: fields {found} are not those of {cls.__name__} {sorted(names)}; collect the file again"
+            f"{where}: fields {found} are not those of {cls.__name__} {sorted(names)}; "
+            "collect the file again"
         )
     return cls(**record)
 
 
 def write_episodes(path: str | Path, episodes: Iterable[Episode], append: bool = False) -> None:
-    """One JSON line an episode. Each line is flushed to disk whole, so an interrupted run keeps what it had."""
+    """One JSON line an episode, flushed to disk whole, so that an interrupted run keeps what it had."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a" if append else "w") as file:
@@ -137,20 +138,18 @@ def read_episodes(path: str | Path) -> list[Episode]:
     return episodes
 
 
-# --- transitions --------------------------------------------------------------------------------------------------
+# --- transitions ----------------------------------------------------------------------------------------
 @dataclass
 class Transition:
-    """One decision of one level. steps: environment steps it spans. next_prompt is "" only when terminated."""
+    """One decision of one level. next_prompt is "" only when terminated."""
 
     level: str
     prompt: str
     completion: str
-    completion_ids: list[
-        int
-    ]  # what was sampled (EOS included unless cut); empty for an expert: encoded when batched
+    completion_ids: list[int]  # as sampled (EOS included unless cut); empty for an expert: encoded when batched
     behavior_logprobs: list[float]  # log pi of those tokens when they were sampled; empty for an expert
     reward: float
-    steps: int
+    steps: int  # environment steps it spans
     terminated: bool
     truncated: bool
     next_prompt: str
@@ -165,9 +164,10 @@ def transitions(
     """An annotated episode -> its decisions at the three levels (the tables of 'What travels' in the README).
 
     planner    one per segment: reward = sum of environment rewards in it; terminated when the world ended
-    executor   one per action: reward 1 when the judge verified completion, -invalid_penalty when the world did not
-               understand; terminated when verified, when the world ended, or when it wrongly claimed to be done
-               (the option is over); else, at the cap on actions or the step limit, truncated: the same subtask goes on
+    executor   one per action: reward 1 when the judge verified completion, -invalid_penalty when the world did
+               not understand; terminated when verified, when the world ended, or when it wrongly claimed to be
+               done (the option is over); else, at the cap on actions or the step limit, truncated: the same
+               subtask goes on
     progress   one per update, credited like the action it follows (STEP-HRL); none after the world ended
     """
     if episode.turns and not episode.segments:
@@ -198,8 +198,9 @@ def transitions(
         turns, last = episode.turns[segment.start : segment.end], episode.turns[segment.end - 1]
         end_obs = episode.obs_after(segment.end - 1)
         add(
-            "planner", segment.start, planner_prompt(episode, segment.start, turns[0].obs, history), " " + segment.subtask,
-            reward=sum(turn.reward for turn in turns), steps=len(turns), terminated=last.terminated, truncated=last.truncated,
+            "planner", segment.start, planner_prompt(episode, segment.start, turns[0].obs, history),
+            " " + segment.subtask, reward=sum(turn.reward for turn in turns), steps=len(turns),
+            terminated=last.terminated, truncated=last.truncated,
             next_prompt="" if last.terminated else planner_prompt(episode, segment.end, end_obs, history),
         )  # fmt: skip
         for t, turn in enumerate(turns, start=segment.start):
@@ -217,9 +218,8 @@ def transitions(
             prompt = executor_prompt(
                 episode, segment.start, t, segment.subtask, turn.progress, turn.obs, history
             )
-            next_prompt = (
-                "" if ended
-                else executor_prompt(episode, segment.start, t + 1, segment.subtask, next_progress, next_obs, history)
+            next_prompt = "" if ended else executor_prompt(
+                episode, segment.start, t + 1, segment.subtask, next_progress, next_obs, history
             )  # fmt: skip
             answer = turn.raw_text or prompts.executor_answer(turn.action, turn.claimed_done)
             add("executor", t, prompt, answer, next_prompt=next_prompt, **credit)

@@ -1,8 +1,9 @@
 """Script: the whole pipeline on the demo panel, from gold paths to a table and a report. `make demo` runs it.
 
-gold paths -> SFT -> rollouts of the SFT policy -> offline RL -> evaluation on dev variations -> out/demo/report.html
+gold paths -> SFT -> rollouts of the SFT policy -> offline RL -> evaluation on dev -> out/demo/report.html
 
-Every line that it runs is printed and can be typed by hand. An interrupted demo goes on where it stopped; a finished one starts anew.
+Every line that it runs is printed and can be typed by hand. An interrupted demo goes on where it stopped; a
+finished one starts anew.
 """
 
 import json
@@ -40,7 +41,7 @@ def stages(c: Config) -> list[tuple[str, str]]:
         ),
         (
             f"{o}/results/zero-shot.json",
-            f"{evaluate} --agent zero-shot --name zero-shot --limit 8 --max-steps 20",
+            f"{evaluate} --agent zero-shot --name zero-shot --limit 1 --max-steps 20",
         ),
         (f"{o}/sft/policy.json", f"train_sft.py --data {o}/gold.jsonl --out {o}/sft {common}"),
         (f"{o}/results/sft.json", f"{evaluate} --checkpoint {o}/sft --name sft"),
@@ -50,14 +51,15 @@ def stages(c: Config) -> list[tuple[str, str]]:
         ),
         (
             f"{o}/orl/policy.json",
-            f"train_orl.py --init {o}/sft --expert {o}/gold.jsonl --rollouts {o}/rollouts.jsonl --out {o}/orl {common}",
+            f"train_orl.py --init {o}/sft --expert {o}/gold.jsonl --rollouts {o}/rollouts.jsonl "
+            f"--out {o}/orl {common}",
         ),
         (f"{o}/results/orl.json", f"{evaluate} --checkpoint {o}/orl --name offline-rl"),
     ]
 
 
 def random_row(c: Config) -> None:
-    """The random agent's row is slow to make, so it is kept in results/; a few of its episodes are replayed to check it."""
+    """The random agent's row is slow to make: it is kept in results/, and a few of its episodes are replayed."""
     result = json.loads((ROOT / "results" / "random_demo_dev.json").read_text())
     panel = read_panel("scienceworld", "demo", "dev")[::13]
     with EnvPool("scienceworld", len(panel), workers=1, max_steps=result["max_steps"]) as pool:
@@ -69,7 +71,8 @@ def random_row(c: Config) -> None:
     for episode, score in played.items():
         if score != recorded[episode]:
             raise ValueError(
-                f"random agent on {episode}: {score}, recorded {recorded[episode]}; make results/random_demo_dev.json again"
+                f"random agent on {episode}: {score}, recorded {recorded[episode]}; "
+                "make results/random_demo_dev.json again"
             )
     (c.out / "results" / "random.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"random: {len(played)} of {len(recorded)} recorded episodes replayed with equal scores")

@@ -6,6 +6,7 @@ know any benchmark; see scienceworld_env.py.
 """
 
 import multiprocessing as mp
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +48,12 @@ def make_world(env: str, max_steps: int) -> TextWorld:
     raise ValueError(f"unknown env {env!r}: expected 'scienceworld'")
 
 
-def read_panel(env: str, panel: str, split: Literal["train", "dev", "test"]) -> list[tuple[str, int]]:
+def read_panel(
+    env: str, panel: str, split: Literal["train", "dev", "test"], limit: int = 0
+) -> list[tuple[str, int]]:
     """The fixed episode list panels/<env>_<panel>_<split>.txt as [(task, variation)], in file order.
+
+    limit: keep the first so many of each task; 0 is all.
 
     Raises ValueError when the panel does not exist or a line is not `task variation`.
     """
@@ -56,14 +61,16 @@ def read_panel(env: str, panel: str, split: Literal["train", "dev", "test"]) -> 
     if not path.exists():
         known = sorted(p.stem for p in PANELS.glob("*.txt"))
         raise ValueError(f"no panel {path.stem!r}: expected one of {known}")
-    episodes = []
+    episodes, kept = [], Counter()
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         if not line or line.startswith("#"):
             continue
         parts = line.split()
         if len(parts) != 2 or not parts[1].isdigit():
             raise ValueError(f"{path.name}:{number}: {line!r} is not 'task variation', e.g. 'boil 14'")
-        episodes.append((parts[0], int(parts[1])))
+        kept[parts[0]] += 1
+        if not limit or kept[parts[0]] <= limit:
+            episodes.append((parts[0], int(parts[1])))
     return episodes
 
 

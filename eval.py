@@ -3,7 +3,8 @@
     python eval.py --checkpoint out/demo/sft --panel demo --split dev --out out/demo --name sft
     python eval.py --agent random --panel glider --split dev --out results --name random
 
-Nothing is selected on test: every evaluation of a test split is recorded in results/test_log.jsonl with its reason.
+Nothing is selected on test: every evaluation of a test split is recorded in results/test_log.jsonl with its
+reason.
 """
 
 import json
@@ -40,7 +41,7 @@ class Config:
     env: Literal["scienceworld"] = "scienceworld"  # which text world
     panel: str = "demo"  # panels/<env>_<panel>_<split>.txt
     split: Literal["dev", "test"] = "dev"
-    limit: int = 0  # only the first episodes of the panel; 0 is all
+    limit: int = 0  # at most this many episodes of a task type; 0 is all
     max_steps: int = 50  # environment steps per episode
     max_actions: int = 15  # cap on the actions of one subtask
     temperature: float = 0.0  # 0 is greedy
@@ -68,7 +69,8 @@ def play(config: Config, panel: list, pool: EnvPool, counts: Counts) -> tuple[li
             meta |= {"model": config.model, "base": fingerprint(model, tokenizer)}
         stream = rollout(
             pool, panel, Policy(model.eval(), tokenizer, config.temperature), annotate.judge, env=config.env,
-            history=meta["history"], max_actions=config.max_actions, seed=config.seed, source=meta["stage"], counts=counts,
+            history=meta["history"], max_actions=config.max_actions, seed=config.seed, source=meta["stage"],
+            counts=counts,
         )  # fmt: skip
     played = {(e.task, e.variation): e for e in tqdm(stream, total=len(panel), desc=config.name)}
     return [played[episode] for episode in panel], meta
@@ -82,8 +84,7 @@ def main(config: Config) -> dict:
         raise ValueError(
             "a test split is reported once: say --reason '...'; choose between checkpoints on --split dev"
         )
-    panel, counts, began = read_panel(config.env, config.panel, config.split), Counts(), time.time()
-    panel = panel[: config.limit] if config.limit else panel
+    panel, counts, began = read_panel(config.env, config.panel, config.split, config.limit), Counts(), time.time()
     with EnvPool(config.env, config.slots, config.workers, config.max_steps) as pool:
         episodes, meta = play(config, panel, pool, counts)
     steps = sum(len(e.turns) for e in episodes)
@@ -96,14 +97,20 @@ def main(config: Config) -> dict:
         if n
     }
     result = {
-        "benchmark": config.env, "panel": config.panel, "split": config.split, "agent": config.name, "stage": meta["stage"],
-        "checkpoint": str(config.checkpoint or meta.get("base", "")), "seeds": [config.seed], "max_steps": config.max_steps,
-        **scores.summary([e.task for e in episodes], [e.score for e in episodes], [e.success for e in episodes]),
+        "benchmark": config.env, "panel": config.panel, "split": config.split,
+        "agent": config.name, "stage": meta["stage"], "checkpoint": str(config.checkpoint or meta.get("base", "")),
+        "seeds": [config.seed], "max_steps": config.max_steps,
+        **scores.summary(
+            [e.task for e in episodes], [e.score for e in episodes], [e.success for e in episodes]
+        ),
         "tokens_per_decision": tokens,
-        "tokens_per_step": round((sum(counts.prompt_tokens.values()) + sum(counts.completion_tokens.values())) / steps, 1),
+        "tokens_per_step": round(
+            (sum(counts.prompt_tokens.values()) + sum(counts.completion_tokens.values())) / steps, 1
+        ),
         "parse_failure_rate": round(counts.parse_failures / max(1, counts.decisions["executor"]), 4),
         "capped_subtasks": counts.capped, "mean_steps": round(steps / len(episodes), 1),
-        "scores": [e.score for e in episodes], "minutes": round((time.time() - began) / 60, 2), **provenance(),
+        "scores": [e.score for e in episodes], "minutes": round((time.time() - began) / 60, 2),
+        **provenance(),
     }  # fmt: skip
     write_episodes(config.out / "episodes" / f"{config.name}.jsonl", episodes)
     path = config.out / "results" / f"{config.name}.json"
@@ -117,7 +124,8 @@ def main(config: Config) -> dict:
             log.write(json.dumps(record | {"checkpoint_hash": adapter, "reason": config.reason}) + "\n")
     low, high = result["ci95"]
     print(
-        f"{config.name}: macro score {result['macro_mean']:.1f} [{low:.1f}, {high:.1f}], success {result['success_rate']:.1%}"
+        f"{config.name}: macro score {result['macro_mean']:.1f} [{low:.1f}, {high:.1f}], "
+        f"success {result['success_rate']:.1%}"
     )
     return result
 

@@ -1,8 +1,9 @@
 """Planner over executor in lockstep: many episodes at once, three roles served in shared batches.
 
-Every running episode waits for exactly one thing: an answer of one of its three roles, or its world. A round asks the policy for all
-waiting answers in one batch, whatever their roles, then steps all worlds whose action is known. A subtask is an option
-(Sutton, Precup & Singh 1999): it ends when the executor claims it is done, at the cap on its actions, or with the episode.
+Every running episode waits for exactly one thing: an answer of one of its three roles, or its world. A round
+asks the policy for all waiting answers in one batch, whatever their roles, then steps all worlds whose action
+is known. A subtask is an option (Sutton, Precup & Singh 1999): it ends when the executor claims it is done,
+at the cap on its actions, or with the episode.
 """
 
 import hashlib
@@ -157,10 +158,11 @@ def rollout(
     source: str = "policy",
     counts: Counts | None = None,
 ) -> Iterator[Episode]:
-    """Plays every (task, variation) of `panel` once and yields episodes as they end; a free slot takes the next one.
+    """Plays every (task, variation) of `panel` once, yields episodes as they end; a free slot takes the next.
 
-    judge(subtask, resulting obs) -> completed? fills verified_done only; it never ends a subtask. max_actions: cap on the
-    actions of one subtask. seed: of the sampling; an episode's draws depend on (seed, task, variation, turn, role) alone.
+    judge(subtask, resulting obs) -> completed? fills verified_done only; it never ends a subtask.
+    max_actions: cap on the actions of one subtask.
+    seed: of the sampling; an episode's draws depend on (seed, task, variation, turn, role) alone.
     """
     counts = Counts() if counts is None else counts
     waiting, players = list(reversed(panel)), {}

@@ -1,7 +1,8 @@
-"""The language model: load a backbone, add LoRA, encode, hidden states for training, batched sampling for acting, save and load.
+"""The language model: backbone and LoRA, hidden states for training, batched sampling for acting, checkpoints.
 
-`--model base` is the small Llama-architecture model in base/; any folder or hub id that AutoModelForCausalLM loads works the same.
-LoRA: arXiv:2106.09685 (peft). What this file does not do: any loss (learner.py), any prompt (prompts.py).
+`--model base` is the small Llama-architecture model in base/; any folder or hub id that AutoModelForCausalLM
+loads works the same. LoRA: arXiv:2106.09685 (peft). What this file does not do: any loss (learner.py), any
+prompt (prompts.py).
 """
 
 import hashlib
@@ -30,7 +31,7 @@ SHARED = "shared"  # name of the one adapter that serves all roles
 ATTENTION_ONLY = ["q_proj", "k_proj", "v_proj", "o_proj"]  # the papers' LoRA targets
 
 
-# --- backbone and adapters ------------------------------------------------------------------------------------------
+# --- backbone and adapters ------------------------------------------------------------------------------
 def load_backbone(model: str, device: str = "cpu", gradient_checkpointing: bool = False):
     """(causal LM, tokenizer) of `model`: "base", a folder or a hub id. fp32 on CPU, bf16 on CUDA.
 
@@ -41,7 +42,8 @@ def load_backbone(model: str, device: str = "cpu", gradient_checkpointing: bool 
         Path(path) / "config.json"
     ).exists():
         raise ValueError(
-            f"no model at {path}: give a folder with config.json or a hub id such as Qwen/Qwen2.5-0.5B-Instruct"
+            f"no model at {path}: give a folder with config.json "
+            "or a hub id such as Qwen/Qwen2.5-0.5B-Instruct"
         )
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     try:
@@ -68,7 +70,7 @@ def add_lora(
     targets: Literal["all", "attention"] = "all",
     adapters: Literal["shared", "separate"] = "shared",
 ):
-    """LoRA (alpha = 2 rank, no dropout) on every linear layer but the head, or on attention only as in the papers.
+    """LoRA (alpha = 2 rank, no dropout) on every linear layer but the head, or as in the papers on attention.
 
     adapters="separate" gives each role its own; rank 0 trains all weights instead.
     """
@@ -87,7 +89,7 @@ def add_lora(
 
 
 def _train_all_adapters(model: PeftModel) -> None:
-    """peft switches off the gradient of every adapter but the active one; roles share a batch, so all must train."""
+    """peft turns off gradients of all adapters but the active one; roles share a batch, so all must train."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
 
@@ -109,9 +111,10 @@ def lm_of(model):
 
 
 def hidden_states(model, input_ids: Tensor, level: Tensor | None = None, precision: str = "fp32") -> Tensor:
-    """Final-layer normed hidden states (B, T, D) of right-padded ids (B, T); level (B,) picks among separate adapters.
+    """Final-layer normed hidden states (B, T, D) of right-padded ids (B, T).
 
-    Right padding follows every real token and attention is causal, so no mask is needed and the fast kernel is used.
+    level (B,) picks among separate adapters. Right padding follows every real token and attention is causal, so
+    no mask is needed and the fast kernel is used.
     precision="bf16" runs the matrix products in bfloat16; the result is in the dtype of the head.
     """
     lm = lm_of(model)
@@ -136,7 +139,7 @@ def trainable_state(model) -> dict[str, Tensor]:
     return {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
 
 
-# --- acting ---------------------------------------------------------------------------------------------------------
+# --- acting ---------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Request:
     """What a role is asked: prompt in, at most max_new_tokens out, drawn with `seed` (ignored when greedy)."""
@@ -160,8 +163,8 @@ class Answer:
 class Policy:
     """Answers requests in one left-padded batch; stops each row at its EOS.
 
-    temperature 0 is greedy. A sampled token is argmax(log pi / temperature + Gumbel noise), and the noise of a row comes from
-    the row's own seed: an episode is the same alone and in any batch.
+    temperature 0 is greedy. A sampled token is argmax(log pi / temperature + Gumbel noise), and the noise of a
+    row comes from the row's own seed: an episode is the same alone and in any batch.
     """
 
     def __init__(self, model, tokenizer, temperature: float = 0.0, planning_ratio: float = 0.7):
@@ -170,7 +173,7 @@ class Policy:
         self.seconds = 0.0
 
     def answer(self, requests: list[Request]) -> list[Answer]:
-        """One answer per request. Prompts of like length share a batch, whatever their roles, so that little is padding."""
+        """One answer per request. Prompts of like length share a batch, whatever their roles: little padding."""
         began, tokenizer = time.perf_counter(), self.tokenizer
         bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
         prompts = [bos + tokenizer(r.prompt, add_special_tokens=False).input_ids for r in requests]
@@ -208,8 +211,8 @@ class Policy:
         tokens, logprobs = [], []
         for length in range(1, int(limits.max()) + 1):
             out = lm(
-                input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
-                logits_to_keep=1,
+                input_ids=ids, attention_mask=mask, position_ids=position,
+                past_key_values=cache, use_cache=True, logits_to_keep=1,
             )  # fmt: skip
             cache, logp = out.past_key_values, out.logits[:, -1].float().log_softmax(-1)  # (B, V)
             token = self._draw(logp, temperature, noise)
@@ -241,9 +244,9 @@ class Policy:
         return (scaled + gumbel.to(logp.device)).argmax(-1)
 
 
-# --- checkpoints ----------------------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------------
 def fingerprint(lm, tokenizer) -> str:
-    """Hash of the base weights (a sample of every tensor) and of the tokenizer: an adapter fits only the base it was trained on.
+    """Hash of the base weights (a sample of every tensor) and of the tokenizer: an adapter fits one base only.
 
     Weights are compared as bfloat16, so that a base loaded in fp32 (CPU) and in bf16 (CUDA) is the same base.
     """
@@ -256,14 +259,14 @@ def fingerprint(lm, tokenizer) -> str:
 
 
 def save_policy(model, folder: Path, meta: dict) -> None:
-    """Writes folder/adapter (a plain PEFT folder per adapter, or the whole model when rank is 0) and folder/policy.json."""
+    """Writes folder/adapter (a PEFT folder per adapter, or the whole model when rank is 0) and policy.json."""
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder / "adapter")
     (folder / "policy.json").write_text(json.dumps(meta, indent=2) + "\n")
 
 
 def load_policy(folder: Path, device: str = "cpu", trainable: bool = False):
-    """(model, tokenizer, meta) of a checkpoint folder; refuses a base other than the one the adapter was trained on."""
+    """(model, tokenizer, meta) of a checkpoint folder; refuses a base that the adapter was not trained on."""
     folder = Path(folder)
     if not (folder / "policy.json").exists():
         raise ValueError(
@@ -273,7 +276,8 @@ def load_policy(folder: Path, device: str = "cpu", trainable: bool = False):
     lm, tokenizer = load_backbone(meta["model"], device)
     if (found := fingerprint(lm, tokenizer)) != meta["base"]:
         raise ValueError(
-            f"{folder} was trained on base {meta['base']}, but {meta['model']} is {found}: load that base or train again"
+            f"{folder} was trained on base {meta['base']}, but {meta['model']} is {found}: "
+            "load that base or train again"
         )
     if meta["rank"] == 0:
         model = AutoModelForCausalLM.from_pretrained(folder / "adapter", dtype=lm.dtype).to(device)

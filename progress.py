@@ -1,10 +1,13 @@
 """What a decision is conditioned on: STEP-HRL's local progress, or what it is compared with.
 
-history="progress"  p_t, a short text that pi^p rewrites after every action, so a prompt has constant size (arXiv:2604.05808, sec. 3.2)
-history="full"      all that happened: GLIDER's growing history (arXiv:2505.19761, sec. 3.2); no progress policy is needed
+history="progress"  p_t, a short text that pi^p rewrites after every action, so that a prompt has constant size
+                    (arXiv:2604.05808, sec. 3.2)
+history="full"      all that happened: GLIDER's growing history, without a progress policy (arXiv:2505.19761,
+                    sec. 3.2)
 history="window"    the last WINDOW steps of the full history
 
-The same functions serve training (a finished episode) and acting (an episode so far): they read only turns before `t`.
+The same functions serve training (a finished episode) and acting (an episode so far): they read only turns
+before `t`.
 """
 
 from typing import Literal
@@ -21,7 +24,10 @@ def _steps(turns, start: int, end: int) -> list[str]:
 
 
 def planner_prompt(episode, start: int, obs: str, history: History = "progress") -> str:
-    """Prompt of the planner that chooses the subtask beginning at turn `start`, where it sees `obs`. episode: data.Episode."""
+    """Prompt of the planner that chooses the subtask beginning at turn `start`, where it sees `obs`.
+
+    episode: data.Episode.
+    """
     finished = [s for s in episode.segments if s.end <= start]
     if history == "progress":
         names = "; ".join(s.subtask for s in finished) or "none"
@@ -30,7 +36,8 @@ def planner_prompt(episode, start: int, obs: str, history: History = "progress")
         )
     else:
         lines = [
-            f"{s.subtask}: {', '.join(t.action for t in episode.turns[s.start : s.end])}. {_feedback(episode, s.end, obs, start)}"
+            f"{s.subtask}: {', '.join(t.action for t in episode.turns[s.start : s.end])}. "
+            f"{_feedback(episode, s.end, obs, start)}"
             for s in finished
         ]
         memory = "History: " + ("\n".join(lines[-WINDOW:] if history == "window" else lines) or "none")

@@ -17,7 +17,7 @@ NOT_UNDERSTOOD = (
 )  # what the worlds say to an invalid action
 
 
-# --- observations ---------------------------------------------------------------------------------------------------
+# --- observations ---------------------------------------------------------------------------------------
 def split_obs(obs: str) -> tuple[str, str, str]:
     """A raw observation as (feedback of the last action, room, inventory), each compacted for the prompt."""
     feedback, room, inventory = (obs.split(SEPARATOR) + ["", ""])[:3]
@@ -47,7 +47,7 @@ _COMPILED = [(re.compile(pattern), replacement) for pattern, replacement in _RUL
 
 
 def compact(text: str) -> str:
-    """ScienceWorld's texts without what is the same everywhere: 138 words of a room become about 60, no object is lost."""
+    """ScienceWorld's texts without what is always the same: 138 words of a room become 60, no object is lost."""
     for pattern, replacement in _COMPILED:
         text = pattern.sub(replacement, text)
     return text.strip(" .,")
@@ -59,15 +59,21 @@ def render(obs: str) -> str:
     return ". ".join(part for part in ("" if feedback == room else feedback, room, inventory) if part)
 
 
-# --- the three roles ------------------------------------------------------------------------------------------------
+# --- the three roles ------------------------------------------------------------------------------------
 def planner(description: str, memory: str, obs: str) -> str:
     """State of pi^h; `memory` (progress.py) tells what happened so far."""
-    return f"Plan the next subtask.\nTask: {compact(description)}\n{memory}\nObservation: {render(obs)}\nSubtask:"
+    return (
+        f"Plan the next subtask.\nTask: {compact(description)}\n{memory}\n"
+        f"Observation: {render(obs)}\nSubtask:"
+    )
 
 
 def executor(subtask: str, memory: str, obs: str) -> str:
     """State of pi^l. It never sees the task, so skills carry over between tasks."""
-    return f"Act on the subtask and say if it is then done.\nSubtask: {subtask}\n{memory}\nObservation: {render(obs)}\nAction:"
+    return (
+        f"Act on the subtask and say if it is then done.\nSubtask: {subtask}\n{memory}\n"
+        f"Observation: {render(obs)}\nAction:"
+    )
 
 
 def progress(subtask: str, previous: str, action: str, feedback: str) -> str:
@@ -78,13 +84,13 @@ def progress(subtask: str, previous: str, action: str, feedback: str) -> str:
     )
 
 
-# --- the answers ----------------------------------------------------------------------------------------------------
+# --- the answers ----------------------------------------------------------------------------------------
 def executor_answer(action: str, done: bool) -> str:
     return f" {action}; {done}"
 
 
 def parse_executor(text: str) -> tuple[str, bool, bool]:
-    """'<action>; True|False' -> (action, claimed_done, parsed). An answer of another form is played as it is and counted."""
+    """'<action>; True|False' -> (action, claimed_done, parsed). Another form is played as it is and counted."""
     match = re.fullmatch(r"\s*(.*?)\s*;\s*(true|false)\s*", text, flags=re.IGNORECASE | re.DOTALL)
     if match is None or not match[1]:
         return text.strip() or "none", False, False

@@ -1,7 +1,7 @@
 """A run: its folder, seed, device, config.json with provenance, metrics.csv, atomic state for --resume.
 
-out/<name>/ holds config.json, metrics.csv (step,metric,value), state.pt (all that --resume needs) and what the script exports
-(adapter/, policy.json, critic.safetensors). What this file does not do: know any algorithm.
+out/<name>/ holds config.json, metrics.csv (step,metric,value), state.pt (all that --resume needs) and what
+the script exports (adapter/, policy.json, critic.safetensors). What this file does not do: know any algorithm.
 """
 
 import csv
@@ -66,7 +66,7 @@ def seed_everything(seed: int) -> None:
 
 
 class Run:
-    """The folder of one training run. `resume` continues a run that was interrupted; a finished folder is never overwritten."""
+    """The folder of one training run; without `resume`, a folder that already holds a run is refused."""
 
     def __init__(self, folder: Path, config, resume: bool = False):
         self.folder, self.config = Path(folder), config
@@ -95,7 +95,7 @@ class Run:
         part.replace(self.folder / "state.pt")
 
     def load_state(self) -> dict | None:
-        """The last saved state (tensors and plain values only: nothing is unpickled), or None at a fresh start.
+        """The last saved state (tensors and plain values: nothing is unpickled), or None at a fresh start.
 
         Metrics logged after that state are dropped: the steps that made them are done again.
         """

@@ -1,7 +1,8 @@
 """From episodes to numbers with intervals: macro score, stratified bootstrap, Wilson, paired difference.
 
-The score of an episode is max(0, final score) in 0..100; the macro mean averages the means of the task types, so that a type with
-many variations counts no more than one with few. What this file does not do: choose anything.
+The score of an episode is max(0, final score) in 0..100; the macro mean averages the means of the task types,
+so that a type with many variations counts no more than one with few. What this file does not do: choose
+anything.
 """
 
 import math
@@ -27,10 +28,10 @@ def macro_mean(tasks: list[str], values: list[float]) -> float:
 def bootstrap_ci(
     tasks: list[str], values: list[list[float]], draws: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """95% interval of the macro mean by a bootstrap stratified by type: seeds are drawn first, then episodes within each type.
+    """95% interval of the macro mean: a bootstrap that draws seeds, then episodes within each type.
 
-    values[s][e]: seed s, episode e (same episodes for every seed). With one seed only episodes are drawn. For A against B give the
-    differences A - B per episode: that is the paired interval.
+    values[s][e]: seed s, episode e (same episodes for every seed). With one seed only episodes are drawn. For A
+    against B give the differences A - B per episode: that is the paired interval.
     """
     rng, matrix = np.random.default_rng(seed), np.array(values, dtype=float)  # (S, E)
     types = [np.array([i for i, t in enumerate(tasks) if t == task]) for task in sorted(set(tasks))]
@@ -55,7 +56,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 
 def summary(tasks: list[str], scores: list[float], successes: list[bool]) -> dict:
-    """The numbers of one evaluation with one seed. scores: raw final scores in points; negative ones count as 0."""
+    """The numbers of one evaluation with one seed. scores: raw final scores in points, negative ones as 0."""
     clipped = [max(0.0, score) for score in scores]
     groups, wins = by_type(tasks, clipped), by_type(tasks, [float(s) for s in successes])
     return {

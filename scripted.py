@@ -1,4 +1,7 @@
-"""Players without a model: the simulator's gold path, exploration (text for base/), and uniformly random valid actions."""
+"""Players without a model: the simulator's gold path, exploration (text for base/), random valid actions.
+
+What this file does not do: annotate what was played.
+"""
 
 import random
 import re
@@ -9,11 +12,13 @@ from data import Episode, Turn
 from envs import EnvPool, StepResult
 from hierarchy import episode_seed
 
-# Exploration: template -> weight; A is a thing in view, I a thing held. A wrong `focus on` ends the episode, so it is never explored.
+# Exploration: template -> weight; A is a thing in view, I a thing held. A wrong `focus on` ends the episode, so
+# it is never explored.
 TEMPLATES = {
-    "go": 8, "look around": 2, "pick up A": 6, "put down I": 1, "open A": 3, "close A": 1, "activate A": 3, "deactivate A": 2,
-    "look at A": 2, "look in A": 2, "examine A": 2, "move I to A": 3, "move A to A": 1, "pour I into A": 2, "pour A into A": 1,
-    "use I on A": 2, "mix A": 2, "connect A to A": 1, "dunk I into A": 1, "read A": 1, "wait1": 1, "wait": 0.5, "inventory": 0.5,
+    "go": 8, "look around": 2, "pick up A": 6, "put down I": 1, "open A": 3, "close A": 1, "activate A": 3,
+    "deactivate A": 2, "look at A": 2, "look in A": 2, "examine A": 2, "move I to A": 3, "move A to A": 1,
+    "pour I into A": 2, "pour A into A": 1, "use I on A": 2, "mix A": 2, "connect A to A": 1,
+    "dunk I into A": 1, "read A": 1, "wait1": 1, "wait": 0.5, "inventory": 0.5,
 }  # fmt: skip
 
 
@@ -26,8 +31,9 @@ def play(
     look_up: str = "",
     gold: bool = False,
 ) -> Iterator[Episode]:
-    """Plays `panel` in lockstep with choose(episode so far, now, extra) -> action, or None to stop; yields episodes as they end.
+    """Plays `panel` in lockstep and yields episodes as they end.
 
+    choose(episode so far, now, extra) -> action, or None to stop.
     extra: the answer of the world's method `look_up` before each action, or the gold path of the episode.
     """
     waiting, running, extra = list(reversed(panel)), {}, {}
@@ -58,7 +64,7 @@ def play(
 
 
 def play_gold(pool: EnvPool, panel: list, env: str) -> Iterator[Episode]:
-    """Replays the simulator's own solutions. Actions after completion are dropped, since the episode is over by then."""
+    """Replays the simulator's own solutions; actions after completion are dropped, the episode being over."""
 
     def choose(episode: Episode, now: StepResult, path: list[str]) -> str | None:
         return path[len(episode.turns)] if len(episode.turns) < len(path) else None

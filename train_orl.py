@@ -1,8 +1,9 @@
-"""Script: offline RL on a fixed dataset of expert episodes and rollouts (GLIDER, arXiv:2505.19761, Algorithm 1; IQL critic, AWR actor).
+"""Script: offline RL on a fixed dataset of expert episodes and rollouts (GLIDER, arXiv:2505.19761, Algorithm 1).
 
-    python train_orl.py --init out/demo/sft --expert out/demo/gold.jsonl --rollouts out/demo/rollouts.jsonl --out out/demo/orl
+    python train_orl.py --init out/demo/sft --expert out/demo/gold.jsonl \
+        --rollouts out/demo/rollouts.jsonl --out out/demo/orl
 
-Starts from the SFT adapter. The gradient step itself is learner.py.
+Starts from the SFT adapter. The gradient step itself (IQL critic, AWR actor) is learner.py.
 """
 
 import time

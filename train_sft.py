@@ -1,8 +1,8 @@
-"""Script: supervised fine-tuning, behaviour cloning of planner, executor and progress on annotated expert episodes.
+"""Script: supervised fine-tuning: planner, executor and progress imitate annotated expert episodes.
 
-L_SFT = -E_D[ (1/n) sum_i log pi(w_i | s, w_<i) ]   (GLIDER, arXiv:2505.19761, eq. 3; STEP-HRL's mean over tokens)
+L_SFT = -E_D[(1/n) sum_i log pi(w_i | s, w_<i)]  (GLIDER, arXiv:2505.19761, eq. 3; STEP-HRL's mean over tokens)
 
-python train_sft.py --data out/demo/gold.jsonl --out out/demo/sft
+    python train_sft.py --data out/demo/gold.jsonl --out out/demo/sft
 """
 
 import time
@@ -44,7 +44,7 @@ class Config:
 
 
 def sft_loss(policy, batch, count: int, precision: str) -> torch.Tensor:
-    """Sum over decisions of the mean token loss, divided by the global count. Padding and prompts carry no loss."""
+    """Sum over decisions of the mean token loss / the global count. Padding and prompts carry no loss."""
     hidden = hidden_states(policy, batch.input_ids, batch.level, precision)  # (B, T, D)
     weight, bias = head_weight(policy.get_output_embeddings(), policy.config)
     _, sums = sequence_logprobs(hidden, weight, batch.input_ids, batch.action_mask, bias=bias)  # (B,)
@@ -108,8 +108,8 @@ def main(config: Config) -> None:
         raise SystemExit(f"stopped at step {step}; go on with --resume") from None
     save(steps)
     meta = {
-        "model": config.model, "base": base, "rank": config.rank, "adapters": config.adapters, "history": config.history,
-        "stage": "sft", "steps": steps,
+        "model": config.model, "base": base, "rank": config.rank, "adapters": config.adapters,
+        "history": config.history, "stage": "sft", "steps": steps,
     }  # fmt: skip
     save_policy(policy, config.out, meta)
     print(f"saved {config.out} after {(time.time() - began) / 60:.1f} min")

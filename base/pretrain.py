@@ -3,7 +3,8 @@
     python collect.py --source explore --panel full --out out/base/explore.jsonl
     python base/pretrain.py --text out/base/explore.jsonl
 
-The text holds observations and random actions: no gold path and no role prompt, so what SFT and RL add is theirs. Resumable.
+The text holds observations and random actions: no gold path and no role prompt, so what SFT and RL add is
+theirs. Resumable.
 """
 
 import json
@@ -44,8 +45,10 @@ class Config:
 
 
 def document(episode: Episode, rng: random.Random) -> str:
-    """One episode as text. The whole observation is shown at half of the steps; most actions that the world did not
-    understand are left out, and each step says whether it was understood."""
+    """One episode as text: the whole observation at half of the steps, and after each step if it was understood.
+
+    Most actions that the world did not understand are left out.
+    """
     lines = [f"Task: {prompts.compact(episode.description)}"]
     for t, turn in enumerate(episode.turns):
         understood = not episode.obs_after(t).startswith(prompts.NOT_UNDERSTOOD)
@@ -67,9 +70,10 @@ def visible(episode: Episode) -> list[str]:
 
 
 def rename(text: str, names: list[str], words: list[str], rng: random.Random) -> str:
-    """`text` with about half of its names replaced, each by one new name throughout: real words shuffled, or invented ones.
+    """`text` with about half of its names replaced, each by one new name throughout.
 
-    What an object is called then says nothing, so the model must learn to copy names from what it sees.
+    A new name is made of real words, shuffled, or of invented ones. What an object is called then says nothing,
+    so the model must learn to copy names from what it sees.
     """
     new = {}
     for name in names:
@@ -130,14 +134,15 @@ def main(config: Config) -> None:
     stream = torch.tensor(stream)
     held_out, stream = stream[: 64 * config.context], stream[64 * config.context :]
     print(
-        f"{len(episodes)} episodes, {len(stream) / 1e6:.1f}M tokens, {len(' '.join(documents)) / len(stream):.2f} characters per token"
+        f"{len(episodes)} episodes, {len(stream) / 1e6:.1f}M tokens, "
+        f"{len(' '.join(documents)) / len(stream):.2f} characters per token"
     )
 
     architecture = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=config.hidden, num_hidden_layers=config.layers, num_attention_heads=config.heads,
-        num_key_value_heads=config.heads, intermediate_size=config.feed_forward, max_position_embeddings=4096,
-        tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer), hidden_size=config.hidden, num_hidden_layers=config.layers,
+        num_attention_heads=config.heads, num_key_value_heads=config.heads, intermediate_size=config.feed_forward,
+        max_position_embeddings=4096, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     model = LlamaForCausalLM(architecture)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters")

@@ -1,4 +1,7 @@
-"""Writes panels/scienceworld_*.txt from the simulator's own splits: `python panels/make.py`. Committed once; evaluation only reads them."""
+"""Script: writes panels/scienceworld_*.txt from the simulator's own splits: `python panels/make.py`.
+
+Committed once; evaluation only reads them.
+"""
 
 import sys
 from pathlib import Path
@@ -8,14 +11,19 @@ from scienceworld_env import ScienceWorld  # noqa: E402
 
 # The six types without data in the papers' panel; GLIDER and STEP-HRL both leave them out.
 LEFT_OUT = {
-    "inclined-plane-determine-angle", "inclined-plane-friction-named-surfaces", "inclined-plane-friction-unnamed-surfaces",
-    "measure-melting-point-unknown-substance", "mendelian-genetics-known-plant", "mendelian-genetics-unknown-plant",
-}  # fmt: skip
-# The published panel was drawn from a simulator with 16 variations of these two (8 / 3 / 5); 1.2.3 has 20 (10 / 5 / 5).
+    "inclined-plane-determine-angle",
+    "inclined-plane-friction-named-surfaces",
+    "inclined-plane-friction-unnamed-surfaces",
+    "measure-melting-point-unknown-substance",
+    "mendelian-genetics-known-plant",
+    "mendelian-genetics-unknown-plant",
+}
+# The published panel was drawn from a simulator with 16 variations of these two (8 / 3 / 5); 1.2.3 has 20
+# (10 / 5 / 5).
 POWER = {"power-component", "power-component-renewable-vs-nonrenewable-energy"}
 DEMO = [
-    "find-animal", "find-non-living-thing", "lifespan-longest-lived", "lifespan-shortest-lived", "power-component",
-    "chemistry-mix-paint-secondary-color", "use-thermometer", "melt",
+    "find-animal", "find-non-living-thing", "lifespan-longest-lived", "lifespan-shortest-lived",
+    "power-component", "chemistry-mix-paint-secondary-color", "use-thermometer", "melt",
 ]  # fmt: skip
 
 

@@ -1,6 +1,8 @@
-"""Script: agent A against agent B over seeds, paired by episode: <out>/seed*/results/{a,b}.json -> <out>/compare_a_b.json.
+"""Script: agent A against agent B over seeds, paired by episode.
 
-python recipes/compare.py --out out/glider --a orl --b sft
+<out>/seed*/results/{a,b}.json -> <out>/compare_a_b.json
+
+    python recipes/compare.py --out out/glider --a orl --b sft
 """
 
 import json
@@ -36,9 +38,12 @@ def main(config: Config) -> dict:
     clipped = [[[max(0.0, score) for score in row["scores"]] for row in pair] for pair in pairs]  # (S, 2, E)
     difference = [[a - b for a, b in zip(*pair, strict=True)] for pair in clipped]  # (S, E)
     result = {
-        "a": config.a, "b": config.b, "benchmark": first["benchmark"], "panel": first["panel"], "split": first["split"],
-        "seeds": [pair[0]["seeds"][0] for pair in pairs], "episodes": len(tasks), "max_steps": first["max_steps"],
-        "a_macro": [pair[0]["macro_mean"] for pair in pairs], "b_macro": [pair[1]["macro_mean"] for pair in pairs],
+        "a": config.a, "b": config.b,
+        "benchmark": first["benchmark"], "panel": first["panel"], "split": first["split"],
+        "seeds": [pair[0]["seeds"][0] for pair in pairs],
+        "episodes": len(tasks), "max_steps": first["max_steps"],
+        "a_macro": [pair[0]["macro_mean"] for pair in pairs],
+        "b_macro": [pair[1]["macro_mean"] for pair in pairs],
         "difference": round(sum(scores.macro_mean(tasks, d) for d in difference) / len(difference), 2),
         "ci95": [round(x, 2) for x in scores.bootstrap_ci(tasks, difference)],
         "a_ci95": [round(x, 2) for x in scores.bootstrap_ci(tasks, [pair[0] for pair in clipped])],
@@ -48,7 +53,8 @@ def main(config: Config) -> dict:
     (config.out / f"compare_{config.a}_{config.b}.json").write_text(json.dumps(result, indent=1) + "\n")
     low, high = result["ci95"]
     print(
-        f"{config.a} - {config.b} = {result['difference']:+.2f} [{low:+.2f}, {high:+.2f}] over {len(pairs)} seeds"
+        f"{config.a} - {config.b} = {result['difference']:+.2f} [{low:+.2f}, {high:+.2f}] "
+        f"over {len(pairs)} seeds"
     )
     return result
 

@@ -14,7 +14,8 @@ LAYERS = [
     "batches annotate hierarchy viewer",
     "labels scripted learner",  # checks of what annotate writes; players without a model
     "teacher",
-    "collect train_sft train_orl train_o2o train_hiper eval plot bench demo panels/make base/pretrain recipes/compare",
+    "collect train_sft train_orl train_o2o train_hiper eval plot bench demo "
+    "panels/make base/pretrain recipes/compare",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 SCRIPTS = set(LAYERS[-1].split())

@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from critic import Critics
 from batches import Batch
+from critic import Critics
 from data import LEVELS
 from learner import Learner, RLConfig, actor_loss, losses
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,8 +42,9 @@ FIELDS = {
 def sft(w, out, **options):
     """A short SFT run: 6 steps."""
     decisions = sum(len(transitions(e)) for e in read_episodes(w.gold))
-    defaults = {"rank": 4, "epochs": 6 * 8 / decisions, "batch_size": 8, "save_every": 2, "lr": 1e-3}
-    train_sft.main(train_sft.Config(w.gold, out, model=str(w.base), **HERE | defaults | options))
+    defaults = {"model": str(w.base), "rank": 4, "lr": 1e-3}
+    defaults |= {"epochs": 6 * 8 / decisions, "batch_size": 8, "save_every": 2}
+    train_sft.main(train_sft.Config(w.gold, out, **HERE | defaults | options))
     return out
 
 
@@ -241,6 +243,15 @@ def test_a_used_folder_is_refused(w):
         sft(w, w.sft)
     with pytest.raises(ValueError, match="already holds a run"):
         orl(w, w.orl)
+
+
+def test_sft_refuses_a_backbone_that_caps_its_logits(w, tmp_path):
+    """As Gemma 2 does: the loss would be that of another model."""
+    capped = shutil.copytree(w.base, tmp_path / "capped")
+    record = json.loads((capped / "config.json").read_text()) | {"final_logit_softcapping": 30.0}
+    (capped / "config.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="final_logit_softcapping=30.0 .*use a backbone without it"):
+        sft(w, tmp_path / "sft", model=str(capped))
 
 
 def interrupted(monkeypatch, owner, name, call, run):
