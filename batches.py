@@ -1,4 +1,4 @@
-"""Decisions as tokens: encode, collate into right-padded batches, split by length, draw pools at a fixed ratio.
+"""Decisions as tokens: encode, collate into right-padded batches, split by length, draw at a fixed ratio.
 
 Prompt and completion are encoded apart and their ids concatenated; what a policy sampled is never encoded
 again. What this file does not do: build a prompt (progress.py) or compute a loss (learner.py).
@@ -66,7 +66,7 @@ def _pad(rows: list[list[int]], fill: int) -> tuple[Tensor, Tensor]:
 
 
 def collate(items: list[Transition], tokenizer) -> Batch:
-    """Decisions -> Batch. Where a decision terminated, one token stands in for the next prompt, and is masked."""
+    """Decisions -> Batch. One token stands in for the next prompt of a terminated decision, and is masked."""
     pairs = [encode(tokenizer, t.prompt, t.completion, t.completion_ids) for t in items]
     nexts = [encode(tokenizer, t.next_prompt, "")[0] or [tokenizer.eos_token_id] for t in items]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -90,7 +90,7 @@ def collate(items: list[Transition], tokenizer) -> Batch:
 
 
 def micro_batches(items: list[Transition], tokenizer, max_tokens: int) -> list[list[Transition]]:
-    """Splits decisions into groups of like length, at most max_tokens padded: little padding, bounded memory."""
+    """Groups of like length, at most max_tokens padded tokens each: little padding, bounded memory."""
     lengths = {
         id(t): sum(map(len, encode(tokenizer, t.prompt, t.completion, t.completion_ids))) for t in items
     }
@@ -105,7 +105,7 @@ def micro_batches(items: list[Transition], tokenizer, max_tokens: int) -> list[l
 
 # --- sampling -------------------------------------------------------------------------------------------
 class Mixture:
-    """Endless batches drawn from named pools at fixed ratios, e.g. {"expert": 1, "rollout": 2} (GLIDER's 1:2).
+    """Endless batches drawn from named pools at fixed ratios, e.g. {"expert": 1, "rollouts": 2} (GLIDER).
 
     Every pool is walked in its own seeded order, reshuffled each time it is used up. state_dict() makes it
     resumable.

@@ -21,7 +21,7 @@ import scripted
 from data import Episode, read_episodes, write_episodes
 from envs import EnvPool, read_panel
 from hierarchy import Counts, episode_seed, rollout
-from model import Policy, load_policy
+from model import Policy, file_hash, load_policy
 from run import fail, pick_device
 from teacher import ChatTeacher
 
@@ -71,8 +71,15 @@ def play(pool: EnvPool, panel: list, config: Config, repeat: int) -> Iterator[Ep
     return rollout(
         pool, panel, Policy(model, tokenizer, config.temperature), annotate.judge, env=config.env,
         history=meta["history"], seed=episode_seed(config.seed, repeat),
-        source=f"{meta['stage']}-{config.seed}-{repeat}", counts=Counts(),
+        source=f"{source_name(config)}-{repeat}", counts=Counts(),
     )  # fmt: skip
+
+
+def source_name(config: Config) -> str:
+    """Who plays, as stored with every episode; a policy is named by the hash of its adapter."""
+    if config.source == "policy":
+        return f"policy-{file_hash(config.checkpoint / 'adapter')[:8]}-seed{config.seed}"
+    return {"gold": "expert", "explore": "explore"}[config.source]
 
 
 def duplicates(episodes: list[Episode]) -> float:
@@ -86,11 +93,12 @@ def main(config: Config) -> None:
     if config.source == "policy" and config.checkpoint is None:
         raise ValueError("--source policy needs --checkpoint FOLDER: train one with train_sft.py")
     panel = read_panel(config.env, config.panel, "train", config.limit)
-    done = (
-        Counter((e.task, e.variation) for e in read_episodes(config.out))
-        if config.out.exists()
-        else Counter()
-    )
+    kept = read_episodes(config.out) if config.out.exists() else []
+    if strangers := {e.source for e in kept if not e.source.startswith(source_name(config))}:
+        raise ValueError(
+            f"{config.out} holds episodes of {sorted(strangers)}: choose another --out, or delete it"
+        )
+    done = Counter((e.task, e.variation) for e in kept)
     max_steps = 10**6 if config.source == "gold" else config.max_steps
     bar = tqdm(
         total=len(panel) * config.repeats,

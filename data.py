@@ -57,7 +57,7 @@ class Decision:
 
 @dataclass
 class Episode:
-    """N turns and N + 1 observations (the last is final_obs). score is the raw score at the end, in points."""
+    """N turns and N + 1 observations (the last is final_obs). score: the raw score at the end, in points."""
 
     env: str
     task: str
@@ -86,8 +86,7 @@ def _parse(cls, record: dict, where: str):
     if not isinstance(record, dict) or set(record) != set(names):
         found = sorted(record) if isinstance(record, dict) else type(record).__name__
         raise ValueError(
-            f"{where}: fields {found} are not those of {cls.__name__} {sorted(names)}; "
-            "collect the file again"
+            f"{where}: fields {found} are not those of {cls.__name__} {sorted(names)}; collect the file again"
         )
     return cls(**record)
 
@@ -146,7 +145,7 @@ class Transition:
     level: str
     prompt: str
     completion: str
-    completion_ids: list[int]  # as sampled (EOS included unless cut); empty for an expert: encoded when batched
+    completion_ids: list[int]  # as sampled (EOS included unless cut); empty for an expert
     behavior_logprobs: list[float]  # log pi of those tokens when they were sampled; empty for an expert
     reward: float
     steps: int  # environment steps it spans
@@ -164,10 +163,10 @@ def transitions(
     """An annotated episode -> its decisions at the three levels (the tables of 'What travels' in the README).
 
     planner    one per segment: reward = sum of environment rewards in it; terminated when the world ended
-    executor   one per action: reward 1 when the judge verified completion, -invalid_penalty when the world did
-               not understand; terminated when verified, when the world ended, or when it wrongly claimed to be
-               done (the option is over); else, at the cap on actions or the step limit, truncated: the same
-               subtask goes on
+    executor   one per action: reward 1 when the judge verified completion, -invalid_penalty when the world
+               did not understand; terminated when verified, when the world ended, or when it wrongly claimed
+               to be done (the option is over); else, at the cap on actions or the step limit, truncated: the
+               same subtask goes on
     progress   one per update, credited like the action it follows (STEP-HRL); none after the world ended
     """
     if episode.turns and not episode.segments:

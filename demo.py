@@ -59,7 +59,7 @@ def stages(c: Config) -> list[tuple[str, str]]:
 
 
 def random_row(c: Config) -> None:
-    """The random agent's row is slow to make: it is kept in results/, and a few of its episodes are replayed."""
+    """The random row, kept in results/ since it is slow to make; a few of its episodes are replayed."""
     result = json.loads((ROOT / "results" / "random_demo_dev.json").read_text())
     panel = read_panel("scienceworld", "demo", "dev")[::13]
     with EnvPool("scienceworld", len(panel), workers=1, max_steps=result["max_steps"]) as pool:

@@ -84,7 +84,8 @@ def main(config: Config) -> dict:
         raise ValueError(
             "a test split is reported once: say --reason '...'; choose between checkpoints on --split dev"
         )
-    panel, counts, began = read_panel(config.env, config.panel, config.split, config.limit), Counts(), time.time()
+    panel = read_panel(config.env, config.panel, config.split, config.limit)
+    counts, began = Counts(), time.time()
     with EnvPool(config.env, config.slots, config.workers, config.max_steps) as pool:
         episodes, meta = play(config, panel, pool, counts)
     steps = sum(len(e.turns) for e in episodes)
@@ -98,8 +99,9 @@ def main(config: Config) -> dict:
     }
     result = {
         "benchmark": config.env, "panel": config.panel, "split": config.split,
-        "agent": config.name, "stage": meta["stage"], "checkpoint": str(config.checkpoint or meta.get("base", "")),
-        "seeds": [config.seed], "max_steps": config.max_steps,
+        "agent": config.name, "stage": meta["stage"],
+        "checkpoint": str(config.checkpoint or meta.get("base", "")),
+        "seeds": [config.seed], "limit": config.limit, "max_steps": config.max_steps,
         **scores.summary(
             [e.task for e in episodes], [e.score for e in episodes], [e.success for e in episodes]
         ),

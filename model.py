@@ -1,4 +1,4 @@
-"""The language model: backbone and LoRA, hidden states for training, batched sampling for acting, checkpoints.
+"""The language model: backbone, LoRA, hidden states for training, batched sampling for acting, checkpoints.
 
 `--model base` is the small Llama-architecture model in base/; any folder or hub id that AutoModelForCausalLM
 loads works the same. LoRA: arXiv:2106.09685 (peft). What this file does not do: any loss (learner.py), any
@@ -38,9 +38,7 @@ def load_backbone(model: str, device: str = "cpu", gradient_checkpointing: bool 
     ValueError when the folder is missing or the tokenizer has no EOS token (answers could never end).
     """
     path = str(BASE) if model == "base" else model
-    if (model == "base" or "/" not in model or model[0] in "./") and not (
-        Path(path) / "config.json"
-    ).exists():
+    if (model == "base" or model[0] in "./") and not (Path(path) / "config.json").exists():
         raise ValueError(
             f"no model at {path}: give a folder with config.json "
             "or a hub id such as Qwen/Qwen2.5-0.5B-Instruct"
@@ -89,7 +87,7 @@ def add_lora(
 
 
 def _train_all_adapters(model: PeftModel) -> None:
-    """peft turns off gradients of all adapters but the active one; roles share a batch, so all must train."""
+    """peft trains the active adapter only; roles share a batch, so here all adapters get their gradient."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
 
@@ -113,8 +111,8 @@ def lm_of(model):
 def hidden_states(model, input_ids: Tensor, level: Tensor | None = None, precision: str = "fp32") -> Tensor:
     """Final-layer normed hidden states (B, T, D) of right-padded ids (B, T).
 
-    level (B,) picks among separate adapters. Right padding follows every real token and attention is causal, so
-    no mask is needed and the fast kernel is used.
+    level (B,) picks among separate adapters. Right padding follows every real token and attention is causal,
+    so no mask is needed and the fast kernel is used.
     precision="bf16" runs the matrix products in bfloat16; the result is in the dtype of the head.
     """
     lm = lm_of(model)
@@ -142,7 +140,7 @@ def trainable_state(model) -> dict[str, Tensor]:
 # --- acting ---------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Request:
-    """What a role is asked: prompt in, at most max_new_tokens out, drawn with `seed` (ignored when greedy)."""
+    """What a role is asked: prompt in, at most max_new_tokens out, drawn with `seed` (unused when greedy)."""
 
     role: str
     prompt: str
@@ -163,8 +161,8 @@ class Answer:
 class Policy:
     """Answers requests in one left-padded batch; stops each row at its EOS.
 
-    temperature 0 is greedy. A sampled token is argmax(log pi / temperature + Gumbel noise), and the noise of a
-    row comes from the row's own seed: an episode is the same alone and in any batch.
+    temperature 0 is greedy. A sampled token is argmax(log pi / temperature + Gumbel noise), and the noise of
+    a row comes from the row's own seed: an episode is the same alone and in any batch.
     """
 
     def __init__(self, model, tokenizer, temperature: float = 0.0, planning_ratio: float = 0.7):
@@ -173,7 +171,7 @@ class Policy:
         self.seconds = 0.0
 
     def answer(self, requests: list[Request]) -> list[Answer]:
-        """One answer per request. Prompts of like length share a batch, whatever their roles: little padding."""
+        """One answer per request. Prompts of like length share a batch, whatever their roles."""
         began, tokenizer = time.perf_counter(), self.tokenizer
         bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
         prompts = [bos + tokenizer(r.prompt, add_special_tokens=False).input_ids for r in requests]
@@ -246,7 +244,7 @@ class Policy:
 
 # --- checkpoints ----------------------------------------------------------------------------------------
 def fingerprint(lm, tokenizer) -> str:
-    """Hash of the base weights (a sample of every tensor) and of the tokenizer: an adapter fits one base only.
+    """Hash of the base weights (a sample of every tensor) and the tokenizer: an adapter fits one base only.
 
     Weights are compared as bfloat16, so that a base loaded in fp32 (CPU) and in bf16 (CUDA) is the same base.
     """
@@ -259,7 +257,7 @@ def fingerprint(lm, tokenizer) -> str:
 
 
 def save_policy(model, folder: Path, meta: dict) -> None:
-    """Writes folder/adapter (a PEFT folder per adapter, or the whole model when rank is 0) and policy.json."""
+    """Writes adapter/ (a PEFT folder per adapter, or the whole model when rank is 0) and policy.json."""
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder / "adapter")
     (folder / "policy.json").write_text(json.dumps(meta, indent=2) + "\n")

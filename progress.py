@@ -1,6 +1,6 @@
 """What a decision is conditioned on: STEP-HRL's local progress, or what it is compared with.
 
-history="progress"  p_t, a short text that pi^p rewrites after every action, so that a prompt has constant size
+history="progress"  p_t, a short text that pi^p rewrites after every action, so a prompt has constant size
                     (arXiv:2604.05808, sec. 3.2)
 history="full"      all that happened: GLIDER's growing history, without a progress policy (arXiv:2505.19761,
                     sec. 3.2)

@@ -47,7 +47,7 @@ _COMPILED = [(re.compile(pattern), replacement) for pattern, replacement in _RUL
 
 
 def compact(text: str) -> str:
-    """ScienceWorld's texts without what is always the same: 138 words of a room become 60, no object is lost."""
+    """ScienceWorld's texts without their fixed phrases: 138 words of a room become 60, no object is lost."""
     for pattern, replacement in _COMPILED:
         text = pattern.sub(replacement, text)
     return text.strip(" .,")
@@ -90,7 +90,7 @@ def executor_answer(action: str, done: bool) -> str:
 
 
 def parse_executor(text: str) -> tuple[str, bool, bool]:
-    """'<action>; True|False' -> (action, claimed_done, parsed). Another form is played as it is and counted."""
+    """'<action>; True|False' -> (action, claimed_done, parsed). Any other form is played as it is."""
     match = re.fullmatch(r"\s*(.*?)\s*;\s*(true|false)\s*", text, flags=re.IGNORECASE | re.DOTALL)
     if match is None or not match[1]:
         return text.strip() or "none", False, False

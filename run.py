@@ -1,7 +1,8 @@
 """A run: its folder, seed, device, config.json with provenance, metrics.csv, atomic state for --resume.
 
 out/<name>/ holds config.json, metrics.csv (step,metric,value), state.pt (all that --resume needs) and what
-the script exports (adapter/, policy.json, critic.safetensors). What this file does not do: know any algorithm.
+the script exports (adapter/, policy.json, critic.safetensors). What this file does not do: know any
+algorithm.
 """
 
 import csv
@@ -74,6 +75,8 @@ class Run:
             raise ValueError(
                 f"{self.folder} already holds a run: add --resume to go on with it, or choose another --out"
             )
+        if (self.folder / "config.json").exists():
+            self._same_config(json.loads((self.folder / "config.json").read_text()))
         self.folder.mkdir(parents=True, exist_ok=True)
         seed_everything(config.seed)
         record = dataclasses.asdict(config) | {"provenance": provenance()}
@@ -82,6 +85,16 @@ class Run:
         self.metrics = self.folder / "metrics.csv"
         if not self.metrics.exists():
             self.metrics.write_text("step,metric,value\n")
+
+    def _same_config(self, saved: dict) -> None:
+        """Going on with other settings would mix two runs."""
+        ours = json.loads(json.dumps(dataclasses.asdict(self.config), default=str))
+        free = {"resume", "threads", "device"}
+        if changed := [k for k in ours if k not in free and saved.get(k) != ours[k]]:
+            was = ", ".join(f"{k}={saved.get(k)!r}" for k in changed)
+            raise ValueError(
+                f"{self.folder} was started with {was}: resume with that, or choose another --out"
+            )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         with self.metrics.open("a", newline="") as file:

@@ -30,8 +30,8 @@ def bootstrap_ci(
 ) -> tuple[float, float]:
     """95% interval of the macro mean: a bootstrap that draws seeds, then episodes within each type.
 
-    values[s][e]: seed s, episode e (same episodes for every seed). With one seed only episodes are drawn. For A
-    against B give the differences A - B per episode: that is the paired interval.
+    values[s][e]: seed s, episode e (same episodes for every seed). With one seed only episodes are drawn.
+    For A against B give the differences A - B per episode: that is the paired interval.
     """
     rng, matrix = np.random.default_rng(seed), np.array(values, dtype=float)  # (S, E)
     types = [np.array([i for i, t in enumerate(tasks) if t == task]) for task in sorted(set(tasks))]

@@ -12,8 +12,8 @@ from data import Episode, Turn
 from envs import EnvPool, StepResult
 from hierarchy import episode_seed
 
-# Exploration: template -> weight; A is a thing in view, I a thing held. A wrong `focus on` ends the episode, so
-# it is never explored.
+# Exploration: template -> weight; A is a thing in view, I a thing held. A wrong `focus on` ends the episode,
+# so it is never explored.
 TEMPLATES = {
     "go": 8, "look around": 2, "pick up A": 6, "put down I": 1, "open A": 3, "close A": 1, "activate A": 3,
     "deactivate A": 2, "look at A": 2, "look in A": 2, "examine A": 2, "move I to A": 3, "move A to A": 1,

@@ -1,4 +1,4 @@
-"""Script: offline RL on a fixed dataset of expert episodes and rollouts (GLIDER, arXiv:2505.19761, Algorithm 1).
+"""Script: offline RL on fixed expert episodes and rollouts (GLIDER, arXiv:2505.19761, Algorithm 1).
 
     python train_orl.py --init out/demo/sft --expert out/demo/gold.jsonl \
         --rollouts out/demo/rollouts.jsonl --out out/demo/orl

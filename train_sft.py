@@ -1,6 +1,6 @@
 """Script: supervised fine-tuning: planner, executor and progress imitate annotated expert episodes.
 
-L_SFT = -E_D[(1/n) sum_i log pi(w_i | s, w_<i)]  (GLIDER, arXiv:2505.19761, eq. 3; STEP-HRL's mean over tokens)
+L_SFT = -E_D[(1/n) sum_i log pi(w_i | s, w_<i)]  (GLIDER, arXiv:2505.19761, eq. 3; 1/n as in STEP-HRL's code)
 
     python train_sft.py --data out/demo/gold.jsonl --out out/demo/sft
 """

@@ -45,7 +45,7 @@ class Config:
 
 
 def document(episode: Episode, rng: random.Random) -> str:
-    """One episode as text: the whole observation at half of the steps, and after each step if it was understood.
+    """One episode as text: the whole observation at half of the steps, and whether each step was understood.
 
     Most actions that the world did not understand are left out.
     """
@@ -72,8 +72,8 @@ def visible(episode: Episode) -> list[str]:
 def rename(text: str, names: list[str], words: list[str], rng: random.Random) -> str:
     """`text` with about half of its names replaced, each by one new name throughout.
 
-    A new name is made of real words, shuffled, or of invented ones. What an object is called then says nothing,
-    so the model must learn to copy names from what it sees.
+    A new name is made of real words, shuffled, or of invented ones. What an object is called then says
+    nothing, so the model must learn to copy names from what it sees.
     """
     new = {}
     for name in names:
@@ -140,9 +140,10 @@ def main(config: Config) -> None:
 
     architecture = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=config.hidden, num_hidden_layers=config.layers,
-        num_attention_heads=config.heads, num_key_value_heads=config.heads, intermediate_size=config.feed_forward,
-        max_position_embeddings=4096, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        num_attention_heads=config.heads, num_key_value_heads=config.heads,
+        intermediate_size=config.feed_forward, max_position_embeddings=4096, tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     model = LlamaForCausalLM(architecture)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters")

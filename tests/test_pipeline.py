@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import re
 import runpy
 import shutil
 import subprocess
@@ -159,7 +160,7 @@ def test_exploration_plays_every_episode_with_other_seeds_and_holds_no_role_prom
 def test_rollouts_keep_what_was_sampled(w):
     for episode in w.rolled:
         assert 0 < len(episode.turns) <= 5
-        assert episode.source == "sft-0-0"
+        assert re.fullmatch("policy-[0-9a-f]{8}-seed0-0", episode.source)
         assert {t.completion_ids != [] for t in transitions(episode)} == {True}
         assert all(len(d.ids) == len(d.logprobs) for d in episode.decisions)
 
@@ -204,9 +205,15 @@ def test_an_interrupted_collection_goes_on_without_playing_again(w, tmp_path, mo
     assert len(played) == 1, "a complete file is left alone"
 
 
+def test_episodes_of_another_player_are_not_taken_for_ones_own(w, tmp_path):
+    shutil.copy(w.gold, tmp_path / "r.jsonl")
+    with pytest.raises(ValueError, match="holds episodes of .*expert.*choose another --out"):
+        roll_out(w, tmp_path / "r.jsonl")
+
+
 def test_repeats_sample_other_episodes(w, tmp_path):
     episodes = roll_out(w, tmp_path / "r.jsonl", panel="one", repeats=2)
-    assert [e.source for e in episodes] == ["sft-0-0", "sft-0-1"]
+    assert [e.source[-7:] for e in episodes] == ["seed0-0", "seed0-1"]
     first, second = ([t.raw_text for t in e.turns] for e in episodes)
     assert first != second
     assert collect.duplicates(episodes) == 0 and collect.duplicates(episodes[:1] * 4) == 0.75
@@ -286,9 +293,7 @@ def test_an_interrupted_sft_run_ends_bit_for_bit_as_an_uninterrupted_one(w, tmp_
 
 
 def test_an_sft_run_stopped_before_its_first_state_starts_again(w, tmp_path, monkeypatch):
-    interrupted(
-        monkeypatch, train_sft, "sft_loss", 2, lambda: sft(w, tmp_path / "cut", tokens_per_forward=10**6)
-    )
+    interrupted(monkeypatch, train_sft, "sft_loss", 2, lambda: sft(w, tmp_path / "cut"))
     sft(w, tmp_path / "cut", resume=True)
     assert tensors(tmp_path / "cut") == tensors(w.sft)
     assert (tmp_path / "cut/metrics.csv").read_text() == (w.sft / "metrics.csv").read_text()

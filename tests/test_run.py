@@ -1,6 +1,7 @@
 """run.py: the folder of a run survives wrong commands, crashes and resumes."""
 
 import csv
+import dataclasses
 import json
 import random
 from dataclasses import dataclass
@@ -57,6 +58,12 @@ def test_metrics_are_one_row_per_number(tmp_path):
         ["1", "train/lr", "0.0001"],
         ["2", "executor/q_loss", "1.23457e+06"],
     ]
+
+
+def test_another_configuration_is_refused_on_resume(tmp_path):
+    Run(tmp_path / "r", Config())
+    with pytest.raises(ValueError, match=r"was started with seed=\d+: resume with that"):
+        Run(tmp_path / "r", dataclasses.replace(Config(), seed=99), resume=True)
 
 
 # --- resume -------------------------------------------------------------------------------------------------
