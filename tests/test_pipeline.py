@@ -35,7 +35,7 @@ WORLD = HERE | {"panel": "tiny", "workers": 0}
 FIELDS = {
     "benchmark", "panel", "split", "agent", "stage", "checkpoint", "seeds", "max_steps", "episodes",
     "macro_mean", "ci95", "success_rate", "success_ci95", "per_type", "tokens_per_decision",
-    "tokens_per_step", "mean_steps", "parse_failure_rate", "capped_subtasks", "scores", "minutes",
+    "limit", "tokens_per_step", "mean_steps", "parse_failure_rate", "capped_subtasks", "scores", "minutes",
     "command", "commit", "versions", "hardware",
 }  # fmt: skip
 
