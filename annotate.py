@@ -69,28 +69,28 @@ def room_of(obs: str) -> str:
 # --- local progress ---------------------------------------------------------------------------------------
 # Feedback and its sentence; first match wins. {0}: the action's object, {1} {2}: groups of the feedback.
 OUTCOMES = [
-    (r"^(?:The|A) ([\w ]+) appears broken", "The {1} is broken."),
-    (r"^The door is (?:now|already) (\w+)", "The {0} is {1}."),
-    (r"^The ([\w ]+) is (?:now|already) (\w+)", "The {1} is {2}."),
-    (r"^You move to the ([\w ]+)", "In the {1}."),
-    (r"You move the ([\w' -]+) to the inventory", "Got the {1}."),
-    (r"You move the ([\w' -]+) to the ([\w ]+)", "The {1} is in the {2}."),
-    (r"^You focus on the (.+)", "Focused on the {1}."),
-    (r"measures a temperature of (-?\d+)", "Temperature: {1} degrees celsius."),
-    (r"mix to produce ([\w -]+)", "Mixed to produce {1}."),
-    (r"time reads (\d+) tick", "The stopwatch reads {1} ticks."),
-    (r"([\w ]*block) approximately (\d+)%", "The {1} is {2}% down."),
-    (r"([\w ]*block) at the bottom", "The {1} is at the bottom."),
-    (r"^(.+?) is now connected to (.+)$", "Connected {1} to {2}."),
-    (r"^You pour the contents of the ([\w -]+) into the ([\w ]+)", "Poured the {1} into the {2}."),
-    (r"^The recipe reads:\W*To make ([\w ]+), you need to mix ([\w ,]+)", "To make {1}, mix {2}."),
-    (r"^You dig", "Dug up soil."),
-    (r"^Ambiguous request", "Asked to choose a number."),
-    (r"can't move something into itself", "Nothing happened."),
-    (REFUSED, "The action is not understood."),
+    (r"^(?:The|A) ([\w ]+) appears broken", "the {1} is broken."),
+    (r"^The door is (?:now|already) (\w+)", "the {0} is {1}."),
+    (r"^The ([\w ]+) is (?:now|already) (\w+)", "the {1} is {2}."),
+    (r"^You move to the ([\w ]+)", "in the {1}."),
+    (r"You move the ([\w' -]+) to the inventory", "got the {1}."),
+    (r"You move the ([\w' -]+) to the ([\w ]+)", "the {1} is in the {2}."),
+    (r"^You focus on the (.+)", "focused on the {1}."),
+    (r"measures a temperature of (-?\d+)", "temperature: {1} degrees celsius."),
+    (r"mix to produce ([\w -]+)", "mixed to produce {1}."),
+    (r"time reads (\d+) tick", "the stopwatch reads {1} ticks."),
+    (r"([\w ]*block) approximately (\d+)%", "the {1} is {2}% down."),
+    (r"([\w ]*block) at the bottom", "the {1} is at the bottom."),
+    (r"^(.+?) is now connected to (.+)$", "connected {1} to {2}."),
+    (r"^You pour the contents of the ([\w -]+) into the ([\w ]+)", "poured the {1} into the {2}."),
+    (r"^The recipe reads:\W*To make ([\w ]+), you need to mix ([\w ,]+)", "to make {1}, mix {2}."),
+    (r"^You dig", "dug up soil."),
+    (r"^Ambiguous request", "asked to choose a number."),
+    (r"can't move something into itself", "nothing happened."),
+    (REFUSED, "the action is not understood."),
 ]
 # Sentences of p_t that outlive the next action.
-KEPT = [r"Temperature: [^.]+\.", r"The \w+ is broken\.", r"Poured [^.]+\.", r"The stopwatch reads [^.]+\."]
+KEPT = [r"temperature: [^.]+\.", r"the \w+ is broken\.", r"poured [^.]+\.", r"the stopwatch reads [^.]+\."]
 NUMBERS = "two three four five six seven eight nine ten eleven twelve"
 COUNTS = ["once", *(f"{number} times" for number in NUMBERS.split())]
 
@@ -98,15 +98,15 @@ COUNTS = ["once", *(f"{number} times" for number in NUMBERS.split())]
 def outcome(previous: str, action: str, feedback: str) -> str:
     """One sentence on what the action brought; waits are counted on from the previous progress."""
     if action.startswith("wait"):
-        before = re.search(r"Waited (once|\w+ times)", previous)
+        before = re.search(r"waited (once|\w+ times)", previous)
         count = COUNTS.index(before[1]) + 1 if before and before[1] in COUNTS else 0
-        return f"Waited {COUNTS[min(count, len(COUNTS) - 1)]}."
+        return f"waited {COUNTS[min(count, len(COUNTS) - 1)]}."
     if action == "look around":
-        return f"Looked around the {feedback.split(':')[0]}."
+        return f"looked around the {feedback.split(':')[0]}."
     for pattern, sentence in OUTCOMES:
         if match := re.search(pattern, feedback):
             return sentence.format(re.sub(r"^(?:open|close|activate) ", "", action), *match.groups())
-    return " ".join(f"Saw {feedback}".split()[:10]) + "."
+    return " ".join(f"saw {feedback}".split()[:10]) + "."
 
 
 def progress_text(subtask: str, previous: str, action: str, feedback: str) -> str:

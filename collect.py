@@ -40,7 +40,7 @@ class Config:
     checkpoint: Path | None = None  # policy folder, for --source policy
     temperature: float = 1.0  # of the executor; planner and progress sample at 0.7 of it (STEP-HRL's setting)
     slots: int = 32  # episodes played at once
-    workers: int = 1  # simulator processes
+    workers: int = 2  # simulator processes
     seed: int = 0  # of sampling and exploration
     threads: int = 2  # CPU threads of the policy
     device: str = "auto"

@@ -37,24 +37,25 @@ def stages(c: Config) -> list[tuple[str, str]]:
     return [
         (
             f"{o}/gold.done",
-            f"collect.py --source gold --panel demo --out {o}/gold.jsonl --workers 2 {common}",
+            f"collect.py --source gold --panel demo --out {o}/gold.jsonl {common}",
         ),
         (
             f"{o}/results/zero-shot.json",
-            f"{evaluate} --agent zero-shot --name zero-shot --limit 1 --max-steps 20",
+            f"{evaluate} --agent zero-shot --name zero-shot --limit 1",
         ),
         (f"{o}/sft/policy.json", f"train_sft.py --data {o}/gold.jsonl --out {o}/sft {common}"),
         (f"{o}/results/sft.json", f"{evaluate} --checkpoint {o}/sft --name sft"),
         (
             f"{o}/rollouts.done",
-            f"collect.py --source policy --checkpoint {o}/sft --panel demo --out {o}/rollouts.jsonl {common}",
+            f"collect.py --source policy --checkpoint {o}/sft --panel demo --limit 20 --out {o}/rollouts.jsonl "
+            f"{common}",
         ),
         (
             f"{o}/orl/policy.json",
             f"train_orl.py --init {o}/sft --expert {o}/gold.jsonl --rollouts {o}/rollouts.jsonl "
-            f"--out {o}/orl {common}",
+            f"--out {o}/orl --rl.temperature 0.2 --rl.critic-lr 1e-3 {common}",
         ),
-        (f"{o}/results/orl.json", f"{evaluate} --checkpoint {o}/orl --name offline-rl"),
+        (f"{o}/results/offline-rl.json", f"{evaluate} --checkpoint {o}/orl --name offline-rl"),
     ]
 
 

@@ -47,7 +47,7 @@ class Config:
     temperature: float = 0.0  # 0 is greedy
     seed: int = 0  # of sampling and of the random agent
     slots: int = 40  # episodes played at once
-    workers: int = 1  # simulator processes
+    workers: int = 2  # simulator processes
     threads: int = 2  # CPU threads of the policy
     device: str = "auto"
     reason: str = ""  # why a test split is evaluated; required for it

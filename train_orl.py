@@ -35,8 +35,8 @@ class Config:
     invalid_penalty: float = (
         1.0  # executor's cost of an action the world does not understand (STEP-HRL; GLIDER 0)
     )
-    steps: int = 200  # gradient steps
-    warmup_steps: int = 20  # first steps train the critics only (STEP-HRL: 100 of its smaller steps)
+    steps: int = 120  # gradient steps
+    warmup_steps: int = 50  # first steps train the critics only (STEP-HRL: 100 of its smaller steps)
     batch_size: int = 64  # decisions per step
     tokens_per_forward: int = 4096  # padded tokens of a micro-batch
     precision: Literal["bf16", "fp32"] = "bf16"  # of the matrix products; weights stay fp32 on CPU

@@ -4,11 +4,11 @@
 #   recipes/scienceworld.sh glider "0 1 2" "--epochs 2" "--steps 300"
 set -euo pipefail
 cd "$(dirname "$0")/.."
-panel=${1:-glider} seeds=${2:-"0 1 2"} sft_flags=${3:-} orl_flags=${4:-}
+panel=${1:-glider} seeds=${2:-"0 1 2"} sft_flags=${3:-} orl_flags=${4:---rl.temperature 0.2 --rl.critic-lr 1e-3}
 out=out/$panel python=.venv/bin/python
 resume() { if [ -f "$1/config.json" ]; then echo --resume; fi; }
 
-$python collect.py --source gold --panel "$panel" --workers 2 --out "$out/gold.jsonl"
+$python collect.py --source gold --panel "$panel" --out "$out/gold.jsonl"
 for seed in $seeds; do
   run=$out/seed$seed
   # shellcheck disable=SC2086

@@ -81,11 +81,11 @@ def test_small_episode_by_hand():
         ("get the metal pot", 4, 6),
     ]
     assert [t.progress for t in episode.turns] == [
-        *("None", "The door to kitchen is open.", "In the kitchen.", "None", "None", "The cupboard is open.")
+        *("None", "the door to kitchen is open.", "in the kitchen.", "None", "None", "the cupboard is open.")
     ]
     assert [t.claimed_done for t in episode.turns] == [t.verified_done for t in episode.turns]
     assert [i for i, t in enumerate(episode.turns) if t.verified_done] == [2, 3, 5]
-    assert episode.segments[-1].final_progress == "Got the metal pot."
+    assert episode.segments[-1].final_progress == "got the metal pot."
     assert check(episode) == []
 
 
@@ -169,22 +169,22 @@ def test_progress_text_is_pure():
         ("get the metal pot", "None", "open cupboard", "The cupboard is now open."),
         (
             "cool the water",
-            "Temperature: 10 degrees celsius.",
+            "temperature: 10 degrees celsius.",
             "wait",
             "You decide to wait for 10 iterations.",
         ),
     ]
     first = [progress_text(*i) for i in inputs]
-    progress_text("go to the kitchen", "In the hallway.", "go to kitchen", "You move to the kitchen.")
+    progress_text("go to the kitchen", "in the hallway.", "go to kitchen", "You move to the kitchen.")
     assert [progress_text(*i) for i in reversed(inputs)] == first[::-1]
-    assert first == ["The cupboard is open.", "Temperature: 10 degrees celsius. Waited once."]
+    assert first == ["the cupboard is open.", "temperature: 10 degrees celsius. waited once."]
 
 
 def test_progress_counts_waits_and_stays_of_one_size():
     text = "None"
     for _ in range(40):
         text = progress_text("wait and look around", text, "wait1", "You decide to wait for 1 iterations.")
-    assert text == "Waited twelve times."
+    assert text == "waited twelve times."
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_progress_counts_waits_and_stays_of_one_size():
         (
             "activate sink",
             "The sink appears broken, and can't be activated or deactivated.",
-            "The sink is broken.",
+            "the sink is broken.",
         ),
         (
             "use thermometer in inventory on ice",

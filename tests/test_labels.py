@@ -30,15 +30,15 @@ FAULTS = {
     ),
     "a subtask looks ahead": (lambda e: _rename(e, 0, "explore the cupboard"), "has not seen ['cupboard']"),
     "progress names an unseen thing": (
-        lambda e: setattr(e.turns[5], "progress", "The unicorn is open."),
+        lambda e: setattr(e.turns[5], "progress", "the unicorn is open."),
         "['unicorn']",
     ),
     "progress leaks the future": (
-        lambda e: setattr(e.turns[2], "progress", "In the kitchen, cupboard."),
+        lambda e: setattr(e.turns[2], "progress", "in the kitchen, cupboard."),
         "['cupboard']",
     ),
     "progress not by the rules": (
-        lambda e: setattr(e.turns[2], "progress", "In the kitchen now."),
+        lambda e: setattr(e.turns[2], "progress", "in the kitchen now."),
         "not progress_text",
     ),
     "progress is missing": (lambda e: setattr(e.segments[1], "final_progress", ""), "not progress_text"),

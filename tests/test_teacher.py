@@ -74,7 +74,7 @@ def test_a_good_teacher_is_accepted(endpoint, monkeypatch):
         ("I cannot do that.", "Done.", "not the JSON list"),
         (json.dumps(GROUPS[:2]), "Done.", "all 6 actions"),
         (json.dumps([GROUPS[0] | {"subtask": "win", "actions": 6}]), "Done.", "['win']"),
-        (json.dumps(GROUPS), "The unicorn is next.", "['unicorn']"),
+        (json.dumps(GROUPS), "the unicorn is next.", "['unicorn']"),
     ],
 )
 def test_a_bad_answer_is_refused_with_its_problem(endpoint, groups, note, problem):
