@@ -47,8 +47,8 @@ def stages(c: Config) -> list[tuple[str, str]]:
         (f"{o}/results/sft.json", f"{evaluate} --checkpoint {o}/sft --name sft"),
         (
             f"{o}/rollouts.done",
-            f"collect.py --source policy --checkpoint {o}/sft --panel demo --limit 20 --out {o}/rollouts.jsonl "
-            f"{common}",
+            f"collect.py --source policy --checkpoint {o}/sft --panel demo --limit 20 "
+            f"--out {o}/rollouts.jsonl {common}",
         ),
         (
             f"{o}/orl/policy.json",

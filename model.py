@@ -7,7 +7,6 @@ prompt (prompts.py).
 
 import hashlib
 import json
-import math
 import time
 import warnings
 from dataclasses import dataclass
@@ -187,7 +186,7 @@ class Policy:
         self.seconds = 0.0
 
     def answer(self, requests: list[Request]) -> list[Answer]:
-        """One answer per request; prompts share batches whatever their roles, unless their adapters differ."""
+        """One answer per request; prompts share batches whatever their roles, if one adapter serves them."""
         began, tokenizer = time.perf_counter(), self.tokenizer
         bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
         prompts = [bos + tokenizer(r.prompt, add_special_tokens=False).input_ids for r in requests]

@@ -6,6 +6,7 @@ L_SFT = -E_D[(1/n) sum_i log pi(w_i | s, w_<i)]  (GLIDER, arXiv:2505.19761, eq. 
 """
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,7 +31,8 @@ class Config:
     adapters: Literal["shared", "separate"] = "shared"  # one adapter for all roles, or one each
     rank: int = 16  # LoRA rank; 0 trains all weights
     targets: Literal["all", "attention"] = "all"  # linear layers that get LoRA; the papers use attention only
-    epochs: float = 3.0  # passes over the decisions
+    epochs: float = 3.0  # decisions drawn, in units of the dataset
+    shares: tuple[float, float, float] = (2.0, 2.0, 1.0)  # of planner, executor and progress in what is drawn
     batch_size: int = 64  # decisions per step
     lr: float = 3e-3  # peak AdamW step size, decayed linearly to a tenth (papers: 1e-4 for 7-8B)
     tokens_per_forward: int = 4096  # padded tokens of a micro-batch
@@ -41,6 +43,21 @@ class Config:
     threads: int = 2  # CPU threads
     device: str = "auto"
     resume: bool = False  # go on with an interrupted run
+
+
+def by_level_and_task(decisions: list[Transition], shares: tuple[float, float, float]) -> tuple[dict, dict]:
+    """Pools and ratios for a Mixture: levels at `shares`, and within a level every task type alike.
+
+    GLIDER too resamples every type to as many episodes; else types with few variations are hardly seen.
+    """
+    pools = {}
+    for decision in decisions:
+        pools.setdefault(f"{decision.level}/{decision.episode_id.split('/')[1]}", []).append(decision)
+    types = Counter(name.split("/")[0] for name in pools)
+    ratio = {
+        name: shares[LEVELS.index(level)] / types[level] for name in pools for level in [name.split("/")[0]]
+    }
+    return pools, ratio
 
 
 def sft_loss(policy, batch, count: int, precision: str) -> torch.Tensor:
@@ -59,7 +76,7 @@ def main(config: Config) -> None:
     decisions: list[Transition] = [
         t for e in read_episodes(config.data) for t in transitions(e, config.history)
     ]
-    sampler = Mixture({"expert": decisions}, {"expert": 1}, config.seed)
+    sampler = Mixture(*by_level_and_task(decisions, config.shares), config.seed)
     run = Run(
         config.out, config, config.resume
     )  # seeds; after the inputs are read, so a wrong path leaves no folder
