@@ -31,6 +31,11 @@ ATTENTION_ONLY = ["q_proj", "k_proj", "v_proj", "o_proj"]  # the papers' LoRA ta
 
 
 # --- backbone and adapters ------------------------------------------------------------------------------
+def attention(device: str) -> dict[str, str]:
+    """On CPU plain matrix products: the fused attention's backward is slower at our lengths (1.3x per step)."""
+    return {} if device.startswith("cuda") else {"attn_implementation": "eager"}
+
+
 def load_backbone(model: str, device: str = "cpu", gradient_checkpointing: bool = False):
     """(causal LM, tokenizer) of `model`: "base", a folder or a hub id. fp32 on CPU, bf16 on CUDA.
 
@@ -45,9 +50,7 @@ def load_backbone(model: str, device: str = "cpu", gradient_checkpointing: bool 
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        # On CPU the fused attention's backward takes longer than plain matrix products at our lengths.
-        attention = {} if device.startswith("cuda") else {"attn_implementation": "eager"}
-        lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **attention).to(device)
+        lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **attention(device)).to(device)
     except OSError as error:  # transformers says it in several lines
         reason = str(error).splitlines()[0]
         raise ValueError(
@@ -291,7 +294,10 @@ def load_policy(folder: Path, device: str = "cpu", trainable: bool = False):
             "load that base or train again"
         )
     if meta["rank"] == 0:
-        model = AutoModelForCausalLM.from_pretrained(folder / "adapter", dtype=lm.dtype).to(device)
+        weights = AutoModelForCausalLM.from_pretrained(
+            folder / "adapter", dtype=lm.dtype, **attention(device)
+        )
+        model = weights.to(device)
     else:
         names = [SHARED] if meta["adapters"] == "shared" else list(ROLES)
         model = PeftModel.from_pretrained(

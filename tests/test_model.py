@@ -35,6 +35,7 @@ from model import (
     fingerprint,
     hidden_states,
     is_separate,
+    length_groups,
     lm_of,
     load_backbone,
     load_policy,
@@ -306,7 +307,13 @@ def prefer_eos(policy, tokenizer, strength):
     return policy.get_output_embeddings().register_forward_hook(hook)
 
 
-def test_prompts_of_like_length_share_a_padded_batch_whatever_their_roles(backbones, monkeypatch):
+def test_a_further_batch_is_begun_where_it_saves_enough_padding():
+    assert length_groups({}) == []
+    assert length_groups({0: 10, 1: 300, 2: 290, 3: 12}, worth=500) == [[1, 2], [3, 0]]  # saves 288 + 290
+    assert length_groups({0: 10, 1: 300, 2: 290, 3: 12}, worth=600) == [[1, 2, 3, 0]]
+
+
+def test_prompts_share_a_padded_batch_whatever_their_roles(backbones, monkeypatch):
     """Also says that the batches of the tests below do have padding."""
     batches, original = [], Policy._answer
 
@@ -318,9 +325,7 @@ def test_prompts_of_like_length_share_a_padded_batch_whatever_their_roles(backbo
     for name in ("llama", "qwen2"):
         policy, tokenizer = load(backbones[name])
         Policy(policy, tokenizer).answer(requests(new_tokens=1))
-    for short, like in (batches[:2], batches[2:]):
-        assert len(short) == 1 and short[0] < 5
-        assert len(set(like)) == 3
+    assert len(batches) == 2 and all(len(set(lengths)) == 4 for lengths in batches)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
