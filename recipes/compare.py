@@ -26,11 +26,11 @@ class Config:
 
 
 def main(config: Config) -> dict:
-    folders = sorted(config.out.glob("seed*"))
-    pairs = [
-        [json.loads((f / "results" / f"{name}.json").read_text()) for name in (config.a, config.b)]
-        for f in folders
+    files = [
+        [folder / "results" / f"{name}.json" for name in (config.a, config.b)]
+        for folder in sorted(config.out.glob("seed*"))
     ]
+    pairs = [[json.loads(f.read_text()) for f in pair] for pair in files if all(f.exists() for f in pair)]
     if not pairs:
         raise ValueError(f"no {config.out}/seed*/results/{config.a}.json: run recipes/scienceworld.sh first")
     first = pairs[0][0]
