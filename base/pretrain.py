@@ -12,6 +12,7 @@ import math
 import random
 import re
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import prompts  # noqa: E402
 from data import Episode, read_episodes  # noqa: E402
+from run import provenance  # noqa: E402
 from scripted import visible_names  # noqa: E402
 
 
@@ -38,7 +40,8 @@ class Config:
     feed_forward: int = 512
     context: int = 320  # tokens per training row
     rows: int = 16  # rows per step
-    tokens: float = 14e6  # training tokens; the learning rate is annealed over them
+    tokens: float = 11e6  # training tokens; the learning rate is annealed over them
+    minutes: float = 0  # if not 0, train this long instead of --tokens (to compare sizes)
     lr: float = 2e-3  # peak learning rate
     seed: int = 0
     threads: int = 2
@@ -146,18 +149,19 @@ def main(config: Config) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     model = LlamaForCausalLM(architecture)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters")
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters / 1e6:.2f}M parameters")
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim != 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))
     state = config.out / "pretrain_state.pt"
-    step, seen = 0, 0
+    step, seen, seconds = 0, 0, 0.0
     if state.exists():
         saved = torch.load(state, weights_only=True)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        step, seen = saved["step"], saved["seen"]
+        step, seen, seconds = saved["step"], saved["seen"], saved["seconds"]
 
     def loss_of(rows: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -167,38 +171,50 @@ def main(config: Config) -> None:
         with torch.no_grad():
             return loss_of(held_out.view(-1, config.context)[:32]).item()
 
-    bar = tqdm(total=int(config.tokens), initial=seen, unit="tok", unit_scale=True, mininterval=10)
+    total = None if config.minutes else int(config.tokens)
+    bar = tqdm(total=total, initial=seen, unit="tok", unit_scale=True, mininterval=10)
     log = (config.out / "pretrain_log.csv").open("a")
-    while seen < config.tokens:
+
+    def done() -> float:  # share of the training
+        return seconds / (60 * config.minutes) if config.minutes else seen / config.tokens
+
+    while done() < 1:
+        began = time.monotonic()
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         starts = torch.randint(len(stream) - config.context, (config.rows,), generator=generator)
         rows = torch.stack([stream[s : s + config.context] for s in starts])
-        warmup, progress = min(1.0, (step + 1) / 100), seen / config.tokens
+        warmup = min(1.0, (step + 1) / 100)
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * warmup * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+            group["lr"] = config.lr * warmup * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done())))
         loss = loss_of(rows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step, seen = step + 1, seen + rows.numel()
+        step, seen, seconds = step + 1, seen + rows.numel(), seconds + time.monotonic() - began
         bar.update(rows.numel())
-        if step % 50 == 0 or seen >= config.tokens:
+        if step % 50 == 0 or done() >= 1:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-            log.write(f"{step},{seen},{loss.item():.4f},{evaluate():.4f}\n")
+            log.write(f"{step},{seen},{seconds:.0f},{loss.item():.4f},{evaluate():.4f}\n")
             log.flush()
-        if step % 100 == 0 or seen >= config.tokens:
+        if step % 100 == 0 or done() >= 1:
             saved = {
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "step": step,
                 "seen": seen,
+                "seconds": seconds,
             }
             torch.save(saved, state.with_suffix(".tmp"))
             state.with_suffix(".tmp").replace(state)
     half = model.to(torch.bfloat16)
     half.save_pretrained(config.out)
-    print(f"done: {step} steps, {seen / 1e6:.1f}M tokens, held-out loss {evaluate():.3f}")
+    record = {
+        "parameters": parameters, "steps": step, "tokens": seen, "minutes": round(seconds / 60, 1),
+        "held_out_loss": round(evaluate(), 4), "config": asdict(config), **provenance(),
+    }  # fmt: skip
+    (config.out / "pretrain.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
+    print(f"done: {step} steps, {seen / 1e6:.1f}M tokens, held-out loss {record['held_out_loss']:.3f}")
 
 
 if __name__ == "__main__":
