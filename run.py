@@ -27,7 +27,8 @@ def provenance() -> dict:
     commit = _git("rev-parse", "--short=12", "HEAD") or "none"
     if _git("status", "--porcelain", "-uno"):
         commit += "+changes"
-    script = Path(sys.argv[0]).name or "python"
+    here, script = Path(__file__).parent.resolve(), Path(sys.argv[0] or "python").resolve()
+    script = script.relative_to(here).as_posix() if here in script.parents else script.name
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return {
         "command": " ".join(["python", script, *sys.argv[1:]]),
