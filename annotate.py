@@ -58,8 +58,12 @@ def unknown_names(text: str, *sources: str) -> list[str]:
 
 
 def raw_parts(obs: str) -> list[str]:
-    """Feedback, room and inventory as the world wrote them, but for a missing space of its own."""
-    return (obs.replace("wireits", "wire its").split("\n\n") + ["", ""])[:3]
+    """Feedback, room and inventory as the world wrote them, but for a missing space and the titles of books."""
+    return (untitled(obs.replace("wireits", "wire its")).split("\n\n") + ["", ""])[:3]
+
+
+def untitled(text: str) -> str:
+    return re.sub(r" \([A-Z][^()]*\)", "", text)
 
 
 def room_of(obs: str) -> str:
@@ -150,7 +154,7 @@ KINDS = [
     (rf"{_SELF}(?:open (?!door).+\n|deactivate .+\n)*pick up {X}\n(?:0\n)?", "get the {x}",
         "You move the {x} to the inventory", "inventory {x}"),
     (rf"{_OPEN}focus on {X}\n(?:0\n)?", "focus on the {x}", r"You focus on the {x}\.", ""),
-    (r"(?:connect .+\n)+", "connect {devices} with the {wires}",
+    (r"(?:connect (?!.+ REFUSED).+\n)+", "connect {devices} with the {wires}",
         r"on {x} is now connected to .* on {y}\.?$", ""),
     (rf"{_SELF}{_OPEN}(?:examine .+\n)?mix {X}(?: containing .+)?\n", "mix the contents of the {x}",
         " mix to produce ", ""),
@@ -158,7 +162,7 @@ KINDS = [
         "pour the {x} into the {y}", r"You pour the contents of the [\w ]+ into the {y}\.", ""),
     (rf"(?:close door.+\n)+open {X}\n", "close the doors and open the {x}",
         "The {x} is (?:now|already) open", ""),
-    (rf"drop {X}\n", "drop the {x}", r"You move the {x} to the {here}\.", ""),
+    (rf"drop {X}\n(?:0\n)?", "drop the {x}", r"You move the {x} to the {here}\.", ""),
     (rf"activate {X}\n", "turn on the {x}", "The {x} is now activated", ""),
     (rf"deactivate {X}\n", "turn off the {x}", "The {x} is (?:now|already) deactivated", ""),
     (rf"open {X}\n", "open the {x}", "The {x} is (?:now|already) open", ""),
@@ -291,7 +295,7 @@ def _other_kind(lines: list[str], feedbacks: list[str], i: int, obs: str) -> tup
 
 def split(description: str, actions: list[str], observations: list[str]) -> list[Group]:
     """Groups of at most MAX_ACTIONS actions; N actions, N + 1 observations."""
-    feedbacks = [split_obs(obs)[0] for obs in observations[1:]]
+    feedbacks = [untitled(split_obs(obs)[0]) for obs in observations[1:]]
     lines, groups, i = _marked(actions, feedbacks), [], 0
     while i < len(actions):
         end, name = _walk(actions, observations, i)

@@ -164,6 +164,24 @@ def test_a_walk_is_cut_where_it_takes_a_detour():
 
 
 # --- progress ---------------------------------------------------------------------------------------------
+def test_books_lose_their_titles_and_a_refused_link_ends_the_connecting():
+    feedback = {
+        "pick up book (the origin) in shelf": "You move the book (The Origin) to the inventory.",
+        "connect battery anode to black wire terminal 1": "terminal 1 on black wire is now connected to anode"
+        " on battery",
+        "connect book to black wire terminal 2": "No known action matches that input.",
+        "drop jar": "Ambiguous request: Please enter the number for the action you intended",
+        "0": "You move the jar to the kitchen.",
+    }
+    seen = "You see the book (The Origin), a battery, a black wire, a jar"
+    observations = [obs(seen), *(obs(text, KITCHEN, "a book (The Origin)") for text in feedback.values())]
+    groups = split("test the book, battery, black wire and jar", [*feedback], observations)
+    names = ["get the book", "connect the battery with the black wires", "try another action", "drop the jar"]
+    assert [name for name, _, _ in groups] == names
+    assert groups[-1][1:] == (3, 5)
+    assert judge(names[0], observations[1]) and judge(names[3], observations[5])
+
+
 def test_progress_text_is_pure():
     inputs = [
         ("get the metal pot", "None", "open cupboard", "The cupboard is now open."),
