@@ -58,7 +58,7 @@ def unknown_names(text: str, *sources: str) -> list[str]:
 
 
 def raw_parts(obs: str) -> list[str]:
-    """Feedback, room and inventory as the world wrote them, but for a missing space and the titles of books."""
+    """Feedback, room and inventory as the world wrote them, but for a missing space and titles of books."""
     return (untitled(obs.replace("wireits", "wire its")).split("\n\n") + ["", ""])[:3]
 
 
