@@ -63,6 +63,7 @@ def raw_parts(obs: str) -> list[str]:
 
 
 def untitled(text: str) -> str:
+    """Without the titles of books, the only parentheses with a capital: "book (The Origin)" -> "book"."""
     return re.sub(r" \([A-Z][^()]*\)", "", text)
 
 

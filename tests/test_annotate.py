@@ -163,7 +163,6 @@ def test_a_walk_is_cut_where_it_takes_a_detour():
     assert split("", actions, seen) == [("go to the living room", 0, 1), ("go to the workshop", 1, 3)]
 
 
-# --- progress ---------------------------------------------------------------------------------------------
 def test_books_lose_their_titles_and_a_refused_link_ends_the_connecting():
     feedback = {
         "pick up book (the origin) in shelf": "You move the book (The Origin) to the inventory.",
@@ -182,6 +181,7 @@ def test_books_lose_their_titles_and_a_refused_link_ends_the_connecting():
     assert judge(names[0], observations[1]) and judge(names[3], observations[5])
 
 
+# --- progress ---------------------------------------------------------------------------------------------
 def test_progress_text_is_pure():
     inputs = [
         ("get the metal pot", "None", "open cupboard", "The cupboard is now open."),

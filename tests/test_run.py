@@ -153,6 +153,12 @@ def test_a_run_starts_from_its_seed(tmp_path):
 
 
 # --- provenance ---------------------------------------------------------------------------------------------
+def test_provenance_names_a_script_of_a_subfolder_by_its_path(monkeypatch):
+    script = Path(__file__).parent.parent / "recipes" / "compare.py"
+    monkeypatch.setattr("sys.argv", [str(script), "--a", "b"])
+    assert provenance()["command"] == "python recipes/compare.py --a b"
+
+
 def test_provenance_names_command_commit_versions_and_hardware(monkeypatch):
     monkeypatch.setattr("sys.argv", ["/somewhere/train_sft.py", "--lr", "1e-3"])
     record = provenance()
