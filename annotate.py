@@ -32,17 +32,17 @@ ROOMS_AND_TOOLS = f"""{" ".join(ROOMS)} thermometer metal pot sink stove freezer
     stopwatch shovel soil jug recipe battery wire block egg hatchling juvenile adult baby seed seedling stage
     reproducing tadpole caterpillar pupa"""
 PLAIN_WORDS = frozenset(  # words that name no object, place or number
-    """a action activated after again all already an and anode another approximately are around asked at
-    away be been before both bottom broken by cathode celsius checked choose close closed complete
-    completed connect connected container containers contents cool current deactivated degrees dig done
-    door doors down drop dropped dug eight eleven empty examine examined explore fill filled find
-    finished first five focus focused for found four from get go got happened has have heat heated here
-    in inside into inventory is it its known last look looked made make measure measured measures mix
-    mixed move moved next nine no none not nothing now number of off on once one open opened or other
-    out pick picked place placed pour poured produce produced put read reading reads request result room
-    saw see seen seven six start started still subtask take taken temperature ten terminal than that the
-    then there this three ticks time times to try turn turned twelve two understood until up use used
-    wait waited was watch water with yet""".split()
+    """a action activated after again all already an and anode another approximately are around asked at away
+    be been before both bottom broken by cathode celsius checked choose close closed complete completed
+    connect connected container containers contents cool current deactivated degrees dig done door doors
+    down drop dropped dug eight eleven empty examine examined explore fill filled find finished first five
+    focus focused for found four from get go got happened has have heat heated here in inside into
+    inventory is it its known last look looked made make measure measured measures mix mixed move moved
+    next nine no none not nothing now number of off on once one open opened or other out pick picked place
+    placed pour poured produce produced put read reading reads request result room saw see seen seven six
+    start started still subtask take taken temperature ten terminal than that the then there this three
+    ticks time times to try turn turned twelve two understood until up use used wait waited was watch water
+    with yet""".split()
 )
 REFUSED = r"No known action|Unknown action"
 
@@ -330,6 +330,13 @@ def fill_in(episode: Episode, groups: list[Group], write: Callable[..., str] = p
             progress = write(subtask, progress, turn.action, split_obs(new.obs_after(i))[0])
         new.segments.append(Segment(subtask, start, end, progress))
     return new
+
+
+def flat(episode: Episode) -> Episode:
+    """A new episode with one subtask, the task itself: what an agent without a planner learns from."""
+    task = compact(episode.description)
+    played_so = [s.subtask for s in episode.segments] == [task]
+    return episode if played_so else fill_in(episode, [(task, 0, len(episode.turns))])
 
 
 def annotate(episode: Episode, teacher: Teacher | None = None) -> Episode:

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import random
 from dataclasses import dataclass
+from math import nan
 
 import torch
 from torch import Tensor
@@ -27,10 +28,17 @@ class Batch:
     next_ids: Tensor  # (B, T2)
     next_mask: Tensor  # (B, T2) bool
     next_index: Tensor  # (B,) last token of the next prompt
+    next_action_index: Tensor  # (B,) last token of the answer that follows it; -1 where there is none
+    next_level: Tensor  # (B,) index into LEVELS: whose value follows
     level: Tensor  # (B,) index into LEVELS
     reward: Tensor  # (B,)
     steps: Tensor  # (B,) environment steps spanned
     terminated: Tensor  # (B,) bool: no bootstrap
+    expert: Tensor  # (B,) bool: an expert's decision, not a rollout's
+    behavior_logp: Tensor  # (B,) log pi of the answer when it was sampled; nan for an expert
+    mc_return: Tensor  # (B,) Monte-Carlo return; nan where it is not known
+    policy_ids: Tensor  # (B, T3) the prompt and an answer the policy samples now; T3 = 0: not asked for
+    policy_mask: Tensor  # (B, T3) bool: that answer, its EOS included
 
     def to(self, device) -> "Batch":
         return Batch(*(getattr(self, f.name).to(device) for f in dataclasses.fields(self)))
@@ -65,14 +73,30 @@ def _pad(rows: list[list[int]], fill: int) -> tuple[Tensor, Tensor]:
     return ids, torch.arange(width) < lengths[:, None]
 
 
-def collate(items: list[Transition], tokenizer) -> Batch:
-    """Decisions -> Batch. One token stands in for the next prompt of a terminated decision, and is masked."""
+def collate(
+    items: list[Transition],
+    tokenizer,
+    next_answers: bool = False,
+    policy_answers: dict[int, list[int]] | None = None,
+) -> Batch:
+    """Decisions -> Batch. One token stands in for the next prompt of a terminated decision, and is masked.
+
+    next_answers: append to the next prompt the answer that followed in the data (for Q(s', a')).
+    policy_answers: id(decision) -> ids that the policy sampled for its prompt (GLIDER eq. 5).
+    """
     pairs = [encode(tokenizer, t.prompt, t.completion, t.completion_ids) for t in items]
     nexts = [encode(tokenizer, t.next_prompt, "")[0] or [tokenizer.eos_token_id] for t in items]
+    follows = [t.follows if next_answers else None for t in items]
+    answers = [encode(tokenizer, "", f.completion, f.completion_ids)[1] if f else [] for f in follows]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     input_ids, attention_mask = _pad([p + c for p, c in pairs], pad)
-    next_ids, next_mask = _pad(nexts, pad)
+    next_ids, next_mask = _pad([n + a for n, a in zip(nexts, answers, strict=True)], pad)
     state_index = torch.tensor([len(p) - 1 for p, _ in pairs])
+    policy_ids, policy_mask = torch.zeros(len(items), 0, dtype=torch.long), torch.zeros(len(items), 0).bool()
+    if policy_answers is not None:
+        sampled = [p + policy_answers[id(t)] for t, (p, _) in zip(items, pairs, strict=True)]
+        policy_ids, policy_mask = _pad(sampled, pad)
+        policy_mask = policy_mask & (torch.arange(policy_ids.shape[1]) > state_index[:, None])
     return Batch(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -81,11 +105,20 @@ def collate(items: list[Transition], tokenizer) -> Batch:
         action_index=torch.tensor([len(p) + len(c) - 1 for p, c in pairs]),
         next_ids=next_ids,
         next_mask=next_mask,
-        next_index=next_mask.sum(1) - 1,
+        next_index=torch.tensor([len(n) - 1 for n in nexts]),
+        next_action_index=torch.tensor(
+            [len(n) + len(a) - 1 if a else -1 for n, a in zip(nexts, answers, strict=True)]
+        ),
+        next_level=torch.tensor([LEVELS.index(t.next_level) for t in items]),
         level=torch.tensor([LEVELS.index(t.level) for t in items]),
         reward=torch.tensor([t.reward for t in items], dtype=torch.float32),
         steps=torch.tensor([t.steps for t in items]),
         terminated=torch.tensor([t.terminated for t in items]),
+        expert=torch.tensor([t.source == "expert" for t in items]),
+        behavior_logp=torch.tensor([sum(t.behavior_logprobs) if t.behavior_logprobs else nan for t in items]),
+        mc_return=torch.tensor([t.mc_return for t in items], dtype=torch.float32),
+        policy_ids=policy_ids,
+        policy_mask=policy_mask,
     )
 
 

@@ -17,10 +17,11 @@ import tyro
 from tqdm import tqdm
 
 import annotate
+import completion
 import scripted
 from data import Episode, read_episodes, write_episodes
 from envs import EnvPool, read_panel
-from hierarchy import Counts, episode_seed, rollout
+from hierarchy import Counts, Ends, episode_seed, rollout
 from model import Policy, file_hash, load_policy
 from run import fail, pick_device
 from teacher import ChatTeacher
@@ -38,22 +39,38 @@ class Config:
     repeats: int = 1  # plays every episode this often, each time with another seed
     max_steps: int = 50  # environment steps per episode (gold paths are replayed whole)
     checkpoint: Path | None = None  # policy folder, for --source policy
+    ends: Ends = "claim"  # what ends a subtask in play; a flat policy has none
+    max_actions: int = 15  # cap on the actions of one subtask; with --ends cap its length
+    judge: Literal["rules", "chat"] = "rules"  # who verifies completion: rules, or the model at --teacher-url
+    judge_noise: float = 0.0  # probability that a verdict is turned round
     temperature: float = 1.0  # of the executor; planner and progress sample at 0.7 of it (STEP-HRL's setting)
     slots: int = 32  # episodes played at once
     workers: int = 2  # simulator processes
     seed: int = 0  # of sampling and exploration
     threads: int = 2  # CPU threads of the policy
     device: str = "auto"
-    teacher_url: str = ""  # OpenAI-compatible endpoint that annotates the gold paths instead of the rules
+    teacher_url: str = (
+        ""  # OpenAI-compatible endpoint that annotates gold paths (and, with --judge chat, judges)
+    )
     teacher_model: str = "default"  # model name sent to that endpoint
+
+
+def teacher_of(config: Config) -> ChatTeacher | None:
+    return ChatTeacher(config.teacher_url, config.teacher_model) if config.teacher_url else None
+
+
+def judge_of(config: Config) -> completion.Judge:
+    """Whoever says that a subtask is complete, as --judge and --judge-noise choose."""
+    judge = annotate.judge if config.judge == "rules" else teacher_of(config).judge
+    return completion.noisy(judge, config.judge_noise, config.seed)
 
 
 def annotated_gold(pool: EnvPool, panel: list, config: Config) -> Iterator[Episode]:
     """Gold paths that end at score 100, split into subtasks with progress after every step."""
-    teacher = ChatTeacher(config.teacher_url, config.teacher_model) if config.teacher_url else None
+    teacher, judge = teacher_of(config), judge_of(config)
     for episode in scripted.play_gold(pool, panel, config.env):
         if episode.success:
-            yield annotate.annotate(episode, teacher)
+            yield completion.rejudge(annotate.annotate(episode, teacher), judge)
         else:
             tqdm.write(
                 f"left out: the gold path of {episode.task} {episode.variation} "
@@ -69,8 +86,9 @@ def play(pool: EnvPool, panel: list, config: Config, repeat: int) -> Iterator[Ep
         return scripted.play_explore(pool, panel, config.env, episode_seed(config.seed, repeat))
     model, tokenizer, meta = load_policy(config.checkpoint, pick_device(config.device))
     return rollout(
-        pool, panel, Policy(model, tokenizer, config.temperature), annotate.judge, env=config.env,
-        history=meta["history"], seed=episode_seed(config.seed, repeat),
+        pool, panel, Policy(model, tokenizer, config.temperature), judge_of(config), env=config.env,
+        history=meta["history"], ends="episode" if meta.get("flat") else config.ends,
+        max_actions=config.max_actions, seed=episode_seed(config.seed, repeat),
         source=f"{source_name(config)}-{repeat}", counts=Counts(),
     )  # fmt: skip
 
@@ -92,6 +110,8 @@ def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
     if config.source == "policy" and config.checkpoint is None:
         raise ValueError("--source policy needs --checkpoint FOLDER: train one with train_sft.py")
+    if config.judge == "chat" and not config.teacher_url:
+        raise ValueError("--judge chat needs --teacher-url URL: an OpenAI-compatible endpoint")
     panel = read_panel(config.env, config.panel, "train", config.limit)
     kept = read_episodes(config.out) if config.out.exists() else []
     if strangers := {e.source for e in kept if not e.source.startswith(source_name(config))}:
@@ -123,7 +143,7 @@ def main(config: Config) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Config))
-    except ValueError as error:
+    except (ValueError, ConnectionError) as error:
         fail(error)
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command goes on from here") from None

@@ -19,15 +19,6 @@ from torch import Tensor, nn
 
 
 # --- targets, losses, weights -----------------------------------------------------------------------------
-def masked_mean(values: Tensor, mask: Tensor, count: int | None = None) -> Tensor:
-    """Mean of the values where mask is true; padding may hold anything, even nan. Same shapes -> scalar.
-
-    `count` replaces the number of true entries: that of the whole batch when `values` is a micro-batch. An
-    empty mask gives 0.
-    """
-    return torch.where(mask, values, 0.0).sum() / (mask.sum().clamp_min(1) if count is None else count)
-
-
 def bootstrap_discount(gamma: float, steps: Tensor, mode: Literal["subtask", "smdp"]) -> Tensor:
     """What multiplies V(s'): gamma per decision (published), or gamma^k for an option of k steps. (B,).
 
@@ -65,6 +56,15 @@ def expectile_loss(diff: Tensor, expectile: float, count: int | None = None) -> 
     return (weight * diff.pow(2)).sum() / (len(diff) if count is None else count)
 
 
+def conservative_loss(policy_q: Tensor, data_q: Tensor, count: int | None = None) -> Tensor:
+    """E_{u~pi}[Q(s,u)] - E_D[Q(s,a)], added to L_Q times alpha  (CQL, arXiv:2006.04779, eq. 2 with mu = pi).
+
+    Both (B,) -> scalar: sum / count, by default B. Both carry a gradient: Q falls where the policy strays
+    from the data.
+    """
+    return (policy_q - data_q).sum() / (len(data_q) if count is None else count)
+
+
 def awr_weight(advantage: Tensor, temperature: float, max_weight: float) -> Tensor:
     """w = exp(min(A / temperature, log max_weight)), A = Q(s,a) - V(s)  (GLIDER eq. 7).
 
@@ -75,8 +75,11 @@ def awr_weight(advantage: Tensor, temperature: float, max_weight: float) -> Tens
 
 
 def effective_sample_size(weights: Tensor) -> Tensor:
-    """(sum w)^2 / sum w^2: as many decisions of equal weight would say as much. (B,) -> scalar in [1, B]."""
-    return weights.sum().pow(2) / weights.pow(2).sum()
+    """(sum |w|)^2 / sum w^2  (Kish): as many decisions of equal weight would say as much. (B,) -> in [1, B].
+
+    0 when all weights are 0.
+    """
+    return weights.abs().sum().pow(2) / weights.pow(2).sum().clamp_min(1e-30)
 
 
 # --- heads ------------------------------------------------------------------------------------------------

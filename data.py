@@ -6,10 +6,13 @@ one per action, D^p one per update of the local progress. What this file does no
 
 import dataclasses
 import json
+import math
 import os
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import prompts
 from progress import executor_prompt, planner_prompt, progress_prompt
@@ -138,6 +141,28 @@ def read_episodes(path: str | Path) -> list[Episode]:
 
 
 # --- transitions ----------------------------------------------------------------------------------------
+# The stored verdict of the judge; the executor's own flag (GLIDER's code); or the end of its segment, even
+# where it was cut off, with a claim written into the answer (STEP-HRL's code).
+Completion = Literal["judge", "claim", "segment"]
+# What the action before it earned (STEP-HRL's code); or, for the text that is handed over, the planner's
+# value of the state it leads to, and nothing on the way there.
+ProgressReward = Literal["action", "planner"]
+
+
+@dataclass(frozen=True)
+class Credit:
+    """How the executor and the progress policy are rewarded; the papers leave it open."""
+
+    completion: Completion = "judge"  # who says that a subtask is complete: see Completion
+    noise: float = 0.0  # probability with which that word is turned round, seeded by episode and turn
+    invalid_penalty: float = 1.0  # cost of an action the world does not understand (STEP-HRL; GLIDER 0)
+    progress: ProgressReward = "action"  # what the progress policy earns: see ProgressReward
+
+    def __post_init__(self):
+        if not 0 <= self.noise <= 1:
+            raise ValueError(f"noise is {self.noise}, expected a probability, e.g. 0.1")
+
+
 @dataclass
 class Transition:
     """One decision of one level. next_prompt is "" only when terminated."""
@@ -152,22 +177,32 @@ class Transition:
     terminated: bool
     truncated: bool
     next_prompt: str
+    next_level: str  # whose value follows: its own level, or the planner (Credit.progress)
     source: str
     episode_id: str
     turn: int
+    follows: "Transition | None" = field(default=None, repr=False, compare=False)  # the decision made there
+    mc_return: float = math.nan  # discounted return to the end (set_returns); nan where that was cut off
+
+
+def completed(episode: Episode, turn: int, final: bool, credit: Credit) -> bool:
+    """Whether the subtask of `turn` counts as complete after it. final: the last turn of its segment."""
+    t = episode.turns[turn]
+    word = {"judge": t.verified_done, "claim": t.claimed_done, "segment": final}[credit.completion]
+    return bool(word) ^ (random.Random(f"{episode.id}/{turn}").random() < credit.noise)
 
 
 def transitions(
-    episode: Episode, history: str = "progress", invalid_penalty: float = 0.0
+    episode: Episode, history: str = "progress", credit: Credit = Credit(), flat: bool = False
 ) -> list[Transition]:
     """An annotated episode -> its decisions at the three levels (the tables of 'What travels' in the README).
 
     planner    one per segment: reward = sum of environment rewards in it; terminated when the world ended
-    executor   one per action: reward 1 when the judge verified completion, -invalid_penalty when the world
-               did not understand; terminated when verified, when the world ended, or when it wrongly claimed
-               to be done (the option is over); else, at the cap on actions or the step limit, truncated: the
-               same subtask goes on
+    executor   one per action: reward 1 when the subtask is completed, -invalid_penalty when the world did not
+               understand; terminated when completed, when the world ended, or when it wrongly claimed to be
+               done (the option is over); else, where its segment ends, truncated: the same subtask goes on
     progress   one per update, credited like the action it follows (STEP-HRL); none after the world ended
+    flat       no planner (annotate.flat): the executor earns the environment's reward and ends with the world
     """
     if episode.turns and not episode.segments:
         raise ValueError(
@@ -176,43 +211,38 @@ def transitions(
     sampled = {(d.level, d.turn): d for d in episode.decisions}
     result = []
 
-    def add(level, turn, prompt, completion, **fields):
-        decision = sampled.get((level, turn))
+    def add(level, turn, prompt, completion, next_level=None, resampled=False, **fields):
+        decision = None if resampled else sampled.get((level, turn))
         ids, logprobs = (decision.ids, decision.logprobs) if decision else ([], [])
         result.append(
             Transition(
-                level,
-                prompt,
-                completion,
-                ids,
-                logprobs,
-                source=episode.source,
-                episode_id=episode.id,
-                turn=turn,
-                **fields,
+                level, prompt, completion, ids, logprobs, next_level=next_level or level,
+                source=episode.source, episode_id=episode.id, turn=turn, **fields,
             )
-        )
+        )  # fmt: skip
 
     for segment in episode.segments:
         turns, last = episode.turns[segment.start : segment.end], episode.turns[segment.end - 1]
         end_obs = episode.obs_after(segment.end - 1)
-        add(
-            "planner", segment.start, planner_prompt(episode, segment.start, turns[0].obs, history),
-            " " + segment.subtask, reward=sum(turn.reward for turn in turns), steps=len(turns),
-            terminated=last.terminated, truncated=last.truncated,
-            next_prompt="" if last.terminated else planner_prompt(episode, segment.end, end_obs, history),
-        )  # fmt: skip
+        next_plan = "" if last.terminated else planner_prompt(episode, segment.end, end_obs, history)
+        if not flat:
+            add(
+                "planner", segment.start, planner_prompt(episode, segment.start, turns[0].obs, history),
+                " " + segment.subtask, reward=sum(turn.reward for turn in turns), steps=len(turns),
+                terminated=last.terminated, truncated=last.truncated, next_prompt=next_plan,
+            )  # fmt: skip
         for t, turn in enumerate(turns, start=segment.start):
             final = t == segment.end - 1
             next_obs, next_progress = (
                 episode.obs_after(t),
                 segment.final_progress if final else episode.turns[t + 1].progress,
             )
-            invalid = next_obs.startswith(prompts.NOT_UNDERSTOOD)
-            ended = turn.verified_done or turn.terminated or turn.claimed_done
-            credit = {
-                "reward": float(turn.verified_done) - invalid_penalty * invalid, "steps": 1,
-                "terminated": ended, "truncated": final and not ended,
+            success = not flat and completed(episode, t, final, credit)
+            ended = turn.terminated or success or (final and turn.claimed_done and not flat)
+            paid = turn.reward if flat else float(success)
+            outcome = {
+                "reward": paid - credit.invalid_penalty * next_obs.startswith(prompts.NOT_UNDERSTOOD),
+                "steps": 1, "terminated": ended, "truncated": final and not ended,
             }  # fmt: skip
             prompt = executor_prompt(
                 episode, segment.start, t, segment.subtask, turn.progress, turn.obs, history
@@ -220,13 +250,41 @@ def transitions(
             next_prompt = "" if ended else executor_prompt(
                 episode, segment.start, t + 1, segment.subtask, next_progress, next_obs, history
             )  # fmt: skip
-            answer = turn.raw_text or prompts.executor_answer(turn.action, turn.claimed_done)
-            add("executor", t, prompt, answer, next_prompt=next_prompt, **credit)
+            answer, relabel = turn.raw_text, credit.completion == "segment" and turn.claimed_done != final
+            if relabel or not answer:  # STEP-HRL's code makes every segment end with a claim
+                answer = prompts.executor_answer(turn.action, final if relabel else turn.claimed_done)
+            add("executor", t, prompt, answer, next_prompt=next_prompt, resampled=relabel, **outcome)
             if history == "progress" and not turn.terminated:
                 prompt = progress_prompt(segment.subtask, turn.progress, turn.action, next_obs)
-                following = "" if ended or final else progress_prompt(
+                following = "" if final else progress_prompt(
                     segment.subtask, next_progress, episode.turns[t + 1].action, episode.obs_after(t + 1)
                 )  # fmt: skip
-                credit_p = credit | {"terminated": ended or final, "truncated": False}
-                add("progress", t, prompt, " " + next_progress, next_prompt=following, **credit_p)
+                if credit.progress == "action" or flat:
+                    outcome |= {"terminated": ended or final, "next_prompt": "" if ended else following}
+                else:
+                    outcome |= {"reward": 0.0, "terminated": False, "next_prompt": following or next_plan}
+                    outcome |= {"next_level": "planner" if final else "progress"}
+                outcome["truncated"] = False
+                add("progress", t, prompt, " " + next_progress, **outcome)
+    _link(result)
     return result
+
+
+def _link(decisions: list[Transition]) -> None:
+    """Sets `follows`: the decision that was made in the next state, where the data go on from there."""
+    at = {(t.level, t.turn): t for t in decisions}
+    for t in decisions:
+        after = at.get((t.next_level, t.turn + t.steps))
+        if after and not t.terminated and after.prompt == t.next_prompt:
+            t.follows = after
+
+
+def set_returns(decisions: list[Transition], gamma: float, discount: str) -> None:
+    """Sets mc_return: G = reward + discount * G of the decision that follows  (Monte Carlo; nan if cut off).
+
+    decisions: those of whole episodes, in order. discount: "subtask" (gamma) or "smdp" (gamma^steps).
+    """
+    for t in reversed(sorted(decisions, key=lambda t: t.turn + t.steps)):
+        rate = gamma**t.steps if discount == "smdp" else gamma
+        tail = 0.0 if t.terminated else rate * t.follows.mc_return if t.follows else math.nan
+        t.mc_return = t.reward + tail

@@ -18,11 +18,12 @@ import tyro
 from tqdm import tqdm
 
 import annotate
+import completion
 import scores
 import scripted
 from data import Episode, write_episodes
 from envs import EnvPool, read_panel
-from hierarchy import Counts, rollout
+from hierarchy import Counts, Ends, rollout
 from model import Policy, file_hash, fingerprint, load_backbone, load_policy
 from run import fail, pick_device, provenance
 
@@ -43,7 +44,8 @@ class Config:
     split: Literal["dev", "test"] = "dev"
     limit: int = 0  # at most this many episodes of a task type; 0 is all
     max_steps: int = 50  # environment steps per episode
-    max_actions: int = 15  # cap on the actions of one subtask
+    ends: Ends = "claim"  # what ends a subtask; a flat policy has none
+    max_actions: int = 15  # cap on the actions of one subtask; with --ends cap its length
     temperature: float = 0.0  # 0 is greedy
     seed: int = 0  # of sampling and of the random agent
     slots: int = 40  # episodes played at once
@@ -51,6 +53,10 @@ class Config:
     threads: int = 2  # CPU threads of the policy
     device: str = "auto"
     reason: str = ""  # why a test split is evaluated; required for it
+
+
+def ends_of(config: Config, meta: dict) -> Ends:
+    return "episode" if meta.get("flat") else config.ends
 
 
 def play(config: Config, panel: list, pool: EnvPool, counts: Counts) -> tuple[list[Episode], dict]:
@@ -69,8 +75,8 @@ def play(config: Config, panel: list, pool: EnvPool, counts: Counts) -> tuple[li
             meta |= {"model": config.model, "base": fingerprint(model, tokenizer)}
         stream = rollout(
             pool, panel, Policy(model.eval(), tokenizer, config.temperature), annotate.judge, env=config.env,
-            history=meta["history"], max_actions=config.max_actions, seed=config.seed, source=meta["stage"],
-            counts=counts,
+            history=meta["history"], ends=ends_of(config, meta), max_actions=config.max_actions,
+            seed=config.seed, source=meta["stage"], counts=counts,
         )  # fmt: skip
     played = {(e.task, e.variation): e for e in tqdm(stream, total=len(panel), desc=config.name)}
     return [played[episode] for episode in panel], meta
@@ -110,7 +116,8 @@ def main(config: Config) -> dict:
             (sum(counts.prompt_tokens.values()) + sum(counts.completion_tokens.values())) / steps, 1
         ),
         "parse_failure_rate": round(counts.parse_failures / max(1, counts.decisions["executor"]), 4),
-        "capped_subtasks": counts.capped, "mean_steps": round(steps / len(episodes), 1),
+        "max_actions": config.max_actions, "subtasks": completion.summary(episodes, ends_of(config, meta)),
+        "mean_steps": round(steps / len(episodes), 1),
         "scores": [e.score for e in episodes], "minutes": round((time.time() - began) / 60, 2),
         **provenance(),
     }  # fmt: skip

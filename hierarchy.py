@@ -2,14 +2,15 @@
 
 Every running episode waits for exactly one thing: an answer of one of its three roles, or its world. A round
 asks the policy for all waiting answers in one batch, whatever their roles, then steps all worlds whose action
-is known. A subtask is an option (Sutton, Precup & Singh 1999): it ends when the executor claims it is done,
-at the cap on its actions, or with the episode.
+is known. A subtask is an option (Sutton, Precup & Singh 1999): Ends says what terminates it. GLIDER
+(arXiv:2505.19761, sec. 3.2) and STEP-HRL (arXiv:2604.05808, sec. 3) let the executor's own flag do so.
+What this file does not do: train, or judge completion (completion.py).
 """
 
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import prompts
 from data import Decision, Episode, Segment, Turn
@@ -17,6 +18,9 @@ from envs import EnvPool, StepResult
 from model import Answer, Request
 from progress import History, executor_prompt, planner_prompt, progress_prompt
 
+# What ends a subtask, beside the cap on its actions and the episode: the executor's claim; the judge's
+# verdict; nothing else (a fixed-length planner); not even the cap: one subtask, the task itself (flat agent).
+Ends = Literal["claim", "judge", "cap", "episode"]
 MAX_NEW_TOKENS = {"planner": 32, "executor": 32, "progress": 64}
 
 
@@ -32,7 +36,6 @@ class Counts:
 
     steps: int = 0  # environment steps
     parse_failures: int = 0  # executor answers that were not '<action>; True|False'
-    capped: int = 0  # subtasks ended by the cap on actions
     prompt_tokens: dict = None  # per role
     completion_tokens: dict = None
     decisions: dict = None
@@ -58,16 +61,19 @@ class Player:
         max_actions: int,
         seed: int,
         judge: Callable,
+        ends: Ends,
     ):
-        self.episode, self.history, self.max_actions, self.seed, self.judge = (
+        self.episode, self.history, self.max_actions, self.seed, self.judge, self.ends = (
             episode,
             history,
             max_actions,
             seed,
             judge,
+            ends,
         )
-        self.now, self.waits_for = first, "planner"
-        self.subtask, self.progress, self.start = "", prompts.NO_PROGRESS, 0
+        self.now, self.waits_for = first, "executor" if ends == "episode" else "planner"
+        self.subtask = prompts.compact(episode.description) if ends == "episode" else ""
+        self.progress, self.start = prompts.NO_PROGRESS, 0
         self.pending: tuple[str, str, bool] | None = None  # raw_text, action, claimed_done
 
     def request(self) -> Request:
@@ -105,7 +111,7 @@ class Player:
             return action
         else:
             self.progress = answer.text.strip() or prompts.NO_PROGRESS
-            self._after_progress(counts)
+            self._after_progress()
         return None
 
     def stepped(self, result: StepResult, counts: Counts) -> None:
@@ -122,14 +128,14 @@ class Player:
         if self.history == "progress" and not result.terminated:
             self.waits_for = "progress"
         else:
-            self._after_progress(counts)
+            self._after_progress()
 
-    def _after_progress(self, counts: Counts) -> None:
+    def _after_progress(self) -> None:
         """Ends the subtask or goes on with it."""
         last, length = self.episode.turns[-1], len(self.episode.turns) - self.start
         over = self.now.terminated or self.now.truncated
-        if over or last.claimed_done or length >= self.max_actions:
-            counts.capped += not over and not last.claimed_done
+        word = {"claim": last.claimed_done, "judge": last.verified_done}.get(self.ends, False)
+        if over or word or (length >= self.max_actions and self.ends != "episode"):
             self.episode.segments.append(
                 Segment(self.subtask, self.start, len(self.episode.turns), self.progress)
             )
@@ -153,6 +159,7 @@ def rollout(
     *,
     env: str = "scienceworld",
     history: History = "progress",
+    ends: Ends = "claim",
     max_actions: int = 15,
     seed: int = 0,
     source: str = "policy",
@@ -160,7 +167,7 @@ def rollout(
 ) -> Iterator[Episode]:
     """Plays every (task, variation) of `panel` once, yields episodes as they end; a free slot takes the next.
 
-    judge(subtask, resulting obs) -> completed? fills verified_done only; it never ends a subtask.
+    judge(subtask, resulting obs) -> completed? fills verified_done; it ends the subtask with ends="judge".
     max_actions: cap on the actions of one subtask.
     seed: of the sampling; an episode's draws depend on (seed, task, variation, turn, role) alone.
     """
@@ -172,7 +179,7 @@ def rollout(
         for slot, first in pool.call({slot: ("reset", *episode) for slot, episode in starts.items()}).items():
             task, variation = starts[slot]
             episode = Episode(env, task, variation, first.description, source=source)
-            players[slot] = Player(episode, first, history, max_actions, seed, judge)
+            players[slot] = Player(episode, first, history, max_actions, seed, judge, ends)
         slots = sorted(players)
         answers = policy.answer([players[slot].request() for slot in slots])
         actions = {}

@@ -1,8 +1,9 @@
 """One gradient step of offline RL: V, Q, policy, target (GLIDER, arXiv:2505.19761, Algorithm 1).
 
-Eq. 5 draws actions from the policy; here, as in IQL (arXiv:2110.06169), those of the dataset. The same step
-serves offline data, fresh episodes and, with actor="bc", behaviour cloning. What this file does not do:
-choose the data, act, or switch dropout off (the policy comes without it).
+The default is the IQL reading (arXiv:2110.06169) of GLIDER and STEP-HRL (arXiv:2604.05808); what the papers
+leave open, and what their released code computes instead, are the other values of RLConfig's fields, and
+PRESETS name them together. What this file does not do: choose the data, act, or switch dropout off (the
+policy comes without it).
 Shapes: B decisions, T tokens, D hidden size.
 """
 
@@ -18,17 +19,29 @@ from critic import (
     Critics,
     awr_weight,
     bootstrap_discount,
-    effective_sample_size,
+    conservative_loss,
     expectile_loss,
     td_loss,
     td_target,
 )
 from data import LEVELS
+from diagnostics import level_quantities
 from logprob import head_weight, sequence_logprobs
+from model import without_adapters
 
 HiddenFn = Callable[
     [nn.Module, Tensor, Tensor], Tensor
 ]  # (policy, input_ids (B, T), level (B,)) -> (B, T, D)
+
+
+# Every reading of the equations has a name. The first is the default; docs/paper_map.md discusses the others.
+Side = Literal["upper", "lower"]
+Answers = Literal["dataset", "policy"]
+Token = Literal["answer", "prompt"]
+Bootstrap = Literal["v", "next_q"]
+Features = Literal["adapted", "frozen"]
+Actor = Literal["awr", "q_weighted", "signed_advantage", "bc", "td3_bc"]
+Trained = Literal["all", "planner"]
 
 
 @dataclass(frozen=True)
@@ -38,10 +51,18 @@ class RLConfig:
     gamma: float = 0.99  # discount per decision, or per environment step with "smdp" (GLIDER Table 5)
     discount: Literal["subtask", "smdp"] = "subtask"  # published: one gamma per subtask; option: gamma^steps
     expectile: float = 0.7  # IQL's tau, in (0, 1); 0.5 is plain regression (GLIDER gives no value, IQL 0.7)
+    expectile_side: Side = "upper"  # of Q above V (IQL), or below it: the reversed sign of both releases
+    value_answers: Answers = "dataset"  # u in L_V: the data's (IQL), or the policy's own (GLIDER eq. 5)
+    value_reads: Token = "answer"  # last token of what gives V its target Q; "prompt": STEP-HRL's code
+    bootstrap: Bootstrap = "v"  # V(s') (eq. 4), or Q(s', a') of the data, 0 where none follows (GLIDER code)
+    conservative: float = 0.0  # alpha of CQL's penalty on Q of the policy's own answers; 0 is off
+    features: Features = "adapted"  # what heads read: the actor's forward, or the backbone without adapter
     polyak: float = 0.2  # share of the online heads that enters the target each step (GLIDER Table 5)
-    actor: Literal["awr", "bc"] = "awr"  # eq. 7, or the same step with weight 1: behaviour cloning
+    actor: Actor = "awr"  # weight exp(A / temperature) (eq. 7), Q (GLIDER's code), A (STEP-HRL's), 1, TD3+BC
+    rl_levels: Trained = "all"  # "planner": the other levels clone the experts, as in GLIDER's code
     temperature: float = 0.99  # unit of advantage; it divides, so inf is behaviour cloning (GLIDER Table 5)
     max_weight: float = 20.0  # ceiling of one decision's weight (STEP-HRL's code; GLIDER names none)
+    td3_alpha: float = 2.5  # TD3+BC's alpha: weight of the policy gradient, in units of mean |Q|
     token_norm: Literal["sum", "mean"] = "sum"  # log pi of a whole answer (eq. 7), or its mean per token
     actor_lr: float = 1e-4  # AdamW step size of the policy (GLIDER: 1e-5 for 7B to 8B backbones)
     critic_lr: float = 1e-4  # AdamW step size of the heads (GLIDER Table 5)
@@ -52,20 +73,83 @@ class RLConfig:
             raise ValueError(f"expectile is {self.expectile}, expected in (0, 1): 0.5 is plain regression")
         if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}, expected > 0: inf is behaviour cloning")
+        if not self.max_weight > 0:
+            raise ValueError(f"max_weight is {self.max_weight}, expected > 0: inf is no ceiling")
+
+    @property
+    def samples_answers(self) -> bool:
+        """Whether the step needs answers that the policy samples for the batch's prompts."""
+        return self.value_answers == "policy" or self.conservative > 0 or self.actor == "td3_bc"
+
+
+# Readings that belong together: what the papers print, and what their code computes (docs/paper_map.md).
+PRESETS = {
+    "as_published_glider": {
+        "rl": {"value_answers": "policy", "max_weight": float("inf")},
+        "credit": {"invalid_penalty": 0.0},
+    },
+    "as_published_step_hrl": {"rl": {}, "credit": {}},
+    "as_released_glider": {
+        "rl": {
+            "actor": "q_weighted", "bootstrap": "next_q", "rl_levels": "planner", "token_norm": "mean",
+        },
+        "credit": {"completion": "claim", "invalid_penalty": 0.0},
+    },
+    "as_released_step_hrl": {
+        "rl": {
+            "actor": "signed_advantage", "expectile": 0.95, "expectile_side": "lower",
+            "value_reads": "prompt", "token_norm": "mean",
+        },
+        "credit": {"completion": "segment", "invalid_penalty": 1.0},
+    },
+}  # fmt: skip
 
 
 class Decisions(NamedTuple):
-    """What the networks say about B decisions; every field is (B,); only v, q and logp carry a gradient."""
+    """What the networks say about B decisions; every field is (B,). v, q, logp and policy_* carry a gradient.
+
+    policy_*: of the answer u that the policy sampled for the same prompt; 0 where none was asked for.
+    """
 
     level: Tensor  # index into LEVELS
     v: Tensor  # V(s), at the last token of the prompt
     q: Tensor  # Q(s,a), at the last token of the answer
-    target_q: Tensor  # Q_target(s,a), what V regresses to
+    v_target: Tensor  # what V regresses to: Q_target(s,a), or as value_answers and value_reads say
     td_target: Tensor  # reward + discount * V_target(s'), what Q regresses to
     advantage: Tensor  # Q(s,a) - V(s)
     weight: Tensor  # of the decision in the actor loss
     logp: Tensor  # log pi(a|s): sum or mean over its tokens, as token_norm says
+    policy_q: Tensor  # Q(s,u)
+    policy_logp: Tensor  # log pi(u|s)
     tokens: Tensor  # answer tokens, EOS included
+    expert: Tensor  # whether an expert made it
+    behavior_logp: Tensor  # log pi of the answer when it was sampled; nan for an expert
+    mc_return: Tensor  # Monte-Carlo return; nan where it is not known
+
+
+# --- the losses -------------------------------------------------------------------------------------------
+def actor_weight(
+    advantage: Tensor, target_q: Tensor, level: Tensor, expert: Tensor, config: RLConfig
+) -> Tensor:
+    """w of each decision in L_pi, held constant. All (B,) -> (B,).
+
+    awr               exp(A / temperature), with a ceiling  (GLIDER eq. 7)
+    q_weighted        Q_target(s,a)  (GLIDER's code)
+    signed_advantage  A, which pushes poor answers down without bound  (STEP-HRL's code)
+    bc, td3_bc        1
+    rl_levels="planner": below the planner 1 for an expert's decision and 0 for a rollout's  (GLIDER's code)
+    """
+    if config.actor == "awr":
+        weight = awr_weight(advantage, config.temperature, config.max_weight)
+    elif config.actor == "q_weighted":
+        weight = target_q.detach()
+    elif config.actor == "signed_advantage":
+        weight = advantage.detach()
+    else:
+        weight = torch.ones_like(advantage)
+    if config.rl_levels == "planner":
+        weight = torch.where(level == LEVELS.index("planner"), weight, expert.to(weight.dtype))
+    return weight
 
 
 def actor_loss(logp: Tensor, weight: Tensor, count: int | None = None) -> Tensor:
@@ -73,19 +157,39 @@ def actor_loss(logp: Tensor, weight: Tensor, count: int | None = None) -> Tensor
 
     sum / count, by default B. Weight 0 (exp underflows) gives 0 even where log pi is -inf.
     """
-    weighted = torch.where(weight > 0, weight.detach() * logp, 0.0)
+    weighted = torch.where(weight != 0, weight.detach() * logp, 0.0)
     return -weighted.sum() / (len(logp) if count is None else count)
 
 
-def losses(d: Decisions, config: RLConfig, count: int) -> dict[str, Tensor]:
-    """The losses of Algorithm 1: sums over these decisions / `count`, the decisions of the whole batch."""
-    return {
-        "v_loss": expectile_loss(d.target_q - d.v, config.expectile, count),  # eq. 5
+def policy_gradient_loss(policy_logp: Tensor, policy_advantage: Tensor, count: int | None = None) -> Tensor:
+    """-E_{u~pi}[A(s,u) * log pi(u|s)]: its gradient is that of -E_{u~pi}[Q(s,u)]  (REINFORCE, baseline V).
+
+    Both (B,) -> scalar: sum / count, by default B; A is held constant. In place of -Q(s, pi(s)) in TD3+BC
+    (arXiv:2106.06860, eq. 3): a text has no derivative.
+    """
+    return -(policy_advantage.detach() * policy_logp).sum() / (len(policy_logp) if count is None else count)
+
+
+def losses(d: Decisions, config: RLConfig, count: int, q_scale: float = 1.0) -> dict[str, Tensor]:
+    """The losses of Algorithm 1: sums over these decisions / `count`, the decisions of the whole batch.
+
+    q_scale: mean |Q(s,u)| of the whole batch, TD3+BC's unit of Q.
+    """
+    expectile = config.expectile if config.expectile_side == "upper" else 1 - config.expectile
+    terms = {
+        "v_loss": expectile_loss(d.v_target - d.v, expectile, count),  # eq. 5
         "q_loss": td_loss(d.q, d.td_target, count),  # eq. 4
         "actor_loss": actor_loss(d.logp, d.weight, count),  # eq. 7
     }
+    if config.conservative > 0:
+        terms["cql_loss"] = config.conservative * conservative_loss(d.policy_q, d.q, count)
+    if config.actor == "td3_bc":
+        gradient = policy_gradient_loss(d.policy_logp, d.policy_q - d.v, count)
+        terms["pg_loss"] = config.td3_alpha / q_scale * gradient
+    return terms
 
 
+# --- the step ---------------------------------------------------------------------------------------------
 class Learner:
     """Policy, critics and their two optimizers; `update` is the algorithm.
 
@@ -102,6 +206,8 @@ class Learner:
             raise ValueError(f"critics have levels {critics.levels}, expected {LEVELS}: start a new critic")
         if not self.actor_parameters:
             raise ValueError("no parameter of the policy is trainable: load adapters with is_trainable=True")
+        if config.features == "frozen" and not hasattr(policy, "peft_config"):
+            raise ValueError("features='frozen' needs an adapter to leave out: train with --rank above 0")
         head_weight(policy.get_output_embeddings(), policy.config)  # an unusable head is refused now
         self.actor_optimizer = torch.optim.AdamW(self.actor_parameters, lr=config.actor_lr)
         self.critic_optimizer = torch.optim.AdamW(self.critic_parameters, lr=config.critic_lr)
@@ -115,10 +221,11 @@ class Learner:
         count = sum(len(batch.level) for batch in batches)
         self.actor_optimizer.zero_grad()
         self.critic_optimizer.zero_grad()
+        q_scale = self._mean_absolute_q(batches) if self.config.actor == "td3_bc" else 1.0
         seen = []
         for batch in batches:
             decisions = self.decide(batch, train_actor)
-            sum(losses(decisions, self.config, count).values()).backward()
+            sum(losses(decisions, self.config, count, q_scale).values()).backward()
             seen.append(Decisions(*(column.detach() for column in decisions)))
 
         metrics = {"critic/grad_norm": self._clip(self.critic_parameters)}
@@ -128,50 +235,92 @@ class Learner:
         self.critic_optimizer.step()
         self.critics.update_target(self.config.polyak)
         everything = Decisions(*(torch.cat(column) for column in zip(*seen, strict=True)))
-        return metrics | level_metrics(everything, self.config)
+        for index, name in enumerate(LEVELS):
+            at = Decisions(*(column[everything.level == index] for column in everything))
+            if len(at.level):
+                of_level = losses(at, self.config, len(at.level), q_scale)
+                of_level |= level_quantities(at, self.config.token_norm)
+                metrics |= {f"{name}/{quantity}": value.item() for quantity, value in of_level.items()}
+        return metrics
 
     def decide(self, batch: Batch, train_actor: bool = True) -> Decisions:
         """One forward on prompt + answer serves V, Q and log pi; one on the next prompt V(s')."""
         config, critics, level = self.config, self.critics, batch.level
         rows = torch.arange(len(level), device=level.device)
-        with torch.set_grad_enabled(train_actor):
-            hidden = self.hidden_fn(self.policy, batch.input_ids, level)  # (B, T, D)
-            weight, bias = head_weight(self.policy.get_output_embeddings())
-            _, logp = sequence_logprobs(hidden, weight, batch.input_ids, batch.action_mask, bias=bias)
-        next_value = torch.zeros(
-            len(level), device=level.device
-        )  # (B,), 0 where the bootstrap is masked anyway
-        (alive,) = (~batch.terminated).nonzero(as_tuple=True)
-        if len(alive):
-            with torch.no_grad():
-                next_hidden = self.hidden_fn(
-                    self.policy, batch.next_ids[alive], level[alive]
-                )  # (alive, T2, D)
-            at = next_hidden[torch.arange(len(alive), device=level.device), batch.next_index[alive]]
-            next_value[alive] = critics.target_v(at, level[alive])
-
-        # Features are constants of the critic losses: the backbone learns from the actor loss alone.
-        state = hidden[rows, batch.state_index].detach()  # (B, D)
-        action = hidden[rows, batch.action_index].detach()  # (B, D)
+        hidden, logp, tokens = self._read(batch.input_ids, batch.action_mask, level, train_actor)
+        state, action = hidden[rows, batch.state_index], hidden[rows, batch.action_index]  # (B, D) each
         v, q = critics.v(state, level), critics.q(action, level)  # (B,)
+        target_q = critics.target_q(action, level)
+        v_target, policy_q, policy_logp = target_q, torch.zeros_like(q), torch.zeros_like(q)
+        if config.samples_answers:
+            train_this = train_actor and config.actor == "td3_bc"
+            hidden, policy_logp, _ = self._read(batch.policy_ids, batch.policy_mask, level, train_this)
+            last = batch.policy_mask.shape[1] - 1 - batch.policy_mask.int().flip(1).argmax(1)  # (B,)
+            policy_q = critics.q(hidden[rows, last], level)
+            if config.value_answers == "policy":
+                v_target = critics.target_q(hidden[rows, last], level)
+        if config.value_reads == "prompt":
+            v_target = critics.target_q(state, level)
         discount = bootstrap_discount(config.gamma, batch.steps, config.discount)
         advantage = (q - v).detach()
-        if config.actor == "awr":
-            actor_weight = awr_weight(advantage, config.temperature, config.max_weight)
-        else:
-            actor_weight = torch.ones_like(advantage)
-        tokens = batch.action_mask.sum(1)
         return Decisions(
             level=level,
             v=v,
             q=q,
-            target_q=critics.target_q(action, level),
-            td_target=td_target(batch.reward, discount, batch.terminated, next_value),
+            v_target=v_target,
+            td_target=td_target(batch.reward, discount, batch.terminated, self._next_value(batch)),
             advantage=advantage,
-            weight=actor_weight,
-            logp=logp if config.token_norm == "sum" else logp / tokens.clamp_min(1),
+            weight=actor_weight(advantage, target_q, level, batch.expert, config),
+            logp=logp,
+            policy_q=policy_q,
+            policy_logp=policy_logp,
             tokens=tokens,
+            expert=batch.expert,
+            behavior_logp=batch.behavior_logp,
+            mc_return=batch.mc_return,
         )
+
+    def _read(self, ids: Tensor, action_mask: Tensor, level: Tensor, train_actor: bool):
+        """ids (B, T) -> features of the critics (B, T, D), log pi of the answers (B,), their tokens (B,).
+
+        Features are constants of the critic losses: the backbone learns from the actor loss alone.
+        """
+        with torch.set_grad_enabled(train_actor):
+            hidden = self.hidden_fn(self.policy, ids, level)  # (B, T, D)
+            weight, bias = head_weight(self.policy.get_output_embeddings())
+            _, logp = sequence_logprobs(hidden, weight, ids, action_mask, bias=bias)
+        tokens = action_mask.sum(1)
+        logp = logp if self.config.token_norm == "sum" else logp / tokens.clamp_min(1)
+        features = hidden.detach() if self.config.features == "adapted" else self._features(ids, level)
+        return features, logp, tokens
+
+    @torch.no_grad()
+    def _features(self, ids: Tensor, level: Tensor) -> Tensor:
+        """(B, T) -> (B, T, D), what the heads read, without a gradient."""
+        if self.config.features == "adapted":
+            return self.hidden_fn(self.policy, ids, level)
+        with without_adapters(self.policy):
+            return self.hidden_fn(self.policy, ids, level)
+
+    def _next_value(self, batch: Batch) -> Tensor:
+        """(B,): V_target(s') or Q_target(s',a'); 0 where nothing follows."""
+        critics, value = self.critics, torch.zeros_like(batch.reward)
+        follows, at, read = ~batch.terminated, batch.next_index, critics.target_v
+        if self.config.bootstrap == "next_q":
+            at, read = batch.next_action_index, critics.target_q
+            follows = follows & (at >= 0)
+        (rows,) = follows.nonzero(as_tuple=True)
+        if len(rows):
+            level = batch.next_level[rows]
+            hidden = self._features(batch.next_ids[rows], level)  # (rows, T2, D)
+            value[rows] = read(hidden[torch.arange(len(rows), device=rows.device), at[rows]], level)
+        return value
+
+    def _mean_absolute_q(self, batches: list[Batch]) -> float:
+        """mean |Q(s,u)| of the whole batch, before any of it is trained on, so that its parts agree on it."""
+        with torch.no_grad():
+            columns = [self.decide(batch, train_actor=False).policy_q.abs() for batch in batches]
+        return max(torch.cat(columns).mean().item(), 1e-3)
 
     def _clip(self, parameters: list[nn.Parameter]) -> float:
         """Clips in place; returns the norm from before. nan or inf stops the run first."""
@@ -184,25 +333,3 @@ class Learner:
     def load_state_dict(self, state: dict) -> None:
         self.actor_optimizer.load_state_dict(state["actor"])
         self.critic_optimizer.load_state_dict(state["critic"])
-
-
-def level_metrics(d: Decisions, config: RLConfig) -> dict[str, float]:
-    """`level/quantity` for the levels that occur; losses are means over the decisions of their own level."""
-    metrics = {}
-    for index, name in enumerate(LEVELS):
-        at = Decisions(*(column[d.level == index] for column in d))
-        count = len(at.level)
-        if count == 0:
-            continue
-        answer_logp = at.logp if config.token_norm == "sum" else at.logp * at.tokens  # (count,)
-        quantities = losses(at, config, count) | {
-            "value_mean": at.v.mean(),
-            "q_mean": at.q.mean(),
-            "advantage_mean": at.advantage.mean(),
-            "weight_mean": at.weight.mean(),
-            "weight_max": at.weight.max(),
-            "ess": effective_sample_size(at.weight),  # of `count` decisions
-            "logp_mean": answer_logp.sum() / at.tokens.sum(),  # per token
-        }
-        metrics |= {f"{name}/{quantity}": value.item() for quantity, value in quantities.items()}
-    return metrics

@@ -9,6 +9,8 @@ import hashlib
 import json
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -101,6 +103,19 @@ def use_adapter(model, name: str) -> None:
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module._active_adapter = [name]
+
+
+@contextmanager
+def without_adapters(model) -> Iterator[None]:
+    """The backbone as it was before LoRA, for the forwards inside; requires_grad is left alone."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def is_separate(model) -> bool:

@@ -1,7 +1,7 @@
-"""A teacher: a chat model that splits episodes into subtasks and writes progress, in place of the rules.
+"""A teacher: a chat model that splits episodes, writes progress and judges completion, in place of the rules.
 
 GLIDER (arXiv:2505.19761) and STEP-HRL (arXiv:2604.05808, sec. 4) annotate so. The answers must pass the
-checks of labels.py. What this file does not do: start a server, or judge completion (annotate.judge).
+checks of labels.py. What this file does not do: start a server.
 """
 
 import json
@@ -32,6 +32,14 @@ Notes so far: {previous}
 Action: {action}
 Answer of the world: {feedback}
 Notes:"""
+
+JUDGE_PROMPT = """An agent in a text world works on a subtask. Does the answer of the world to its last action
+show that the subtask is complete? Answer with one word, True or False.
+Subtask: {subtask}
+Answer of the world: {feedback}
+Room: {room}
+Inventory: {inventory}
+Complete:"""
 
 
 def parse_groups(answer: str, count: int) -> list[Group]:
@@ -91,6 +99,17 @@ class ChatTeacher:
         """annotate.progress_text by the model, from the same inputs."""
         inputs = dict(subtask=subtask, previous=previous, action=action, feedback=feedback)
         return self.ask(PROGRESS_PROMPT.format(**inputs))
+
+    def judge(self, subtask: str, obs: str) -> bool:
+        """annotate.judge by the model; ValueError when it says neither True nor False."""
+        feedback, room, inventory = split_obs(obs)
+        answer = self.ask(
+            JUDGE_PROMPT.format(subtask=subtask, feedback=feedback, room=room, inventory=inventory)
+        )
+        word = answer.strip(" .*").lower()
+        if word not in ("true", "false"):
+            raise ValueError(f"{self.model} said {answer[:80]!r}, expected True or False: use another model")
+        return word == "true"
 
     def annotate(self, episode: Episode) -> Episode:
         """Split and progress together, asked again with the first problem until they pass `check`."""

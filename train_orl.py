@@ -7,7 +7,7 @@ Starts from the SFT adapter. The gradient step itself (IQL critic, AWR actor) is
 """
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,11 +15,14 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from annotate import flat
 from batches import Mixture, collate, micro_batches
 from critic import Critics, save_critics
-from data import Transition, read_episodes, transitions
-from learner import Learner, RLConfig
-from model import hidden_states, lm_of, load_policy, save_policy, trainable_state
+from data import Credit, Transition, read_episodes, set_returns, transitions
+from diagnostics import Watch
+from hierarchy import MAX_NEW_TOKENS, episode_seed
+from learner import PRESETS, Learner, RLConfig
+from model import Policy, Request, hidden_states, lm_of, load_policy, save_policy, trainable_state
 from run import Run, fail, pick_device
 
 
@@ -29,12 +32,11 @@ class Config:
     expert: Path  # annotated expert episodes
     rollouts: Path  # episodes sampled by the SFT policy, rewarded by the judge
     out: Path  # run folder
+    preset: Literal["none", *PRESETS] = "none"  # readings that go together: a paper as printed, or its code
     rl: RLConfig = field(default_factory=RLConfig)  # the gradient step
+    credit: Credit = field(default_factory=Credit)  # rewards of executor and progress
     expert_share: float = 1.0  # expert : rollout ratio, first number (papers: 1)
     rollout_share: float = 2.0  # expert : rollout ratio, second number (papers: 2)
-    invalid_penalty: float = (
-        1.0  # executor's cost of an action the world does not understand (STEP-HRL; GLIDER 0)
-    )
     steps: int = 120  # gradient steps
     warmup_steps: int = 50  # first steps train the critics only (STEP-HRL: 100 of its smaller steps)
     batch_size: int = 64  # decisions per step
@@ -47,18 +49,46 @@ class Config:
     resume: bool = False  # go on with an interrupted run
 
 
-def load_decisions(path: Path, history: str, config: Config) -> list[Transition]:
-    return [t for e in read_episodes(path) for t in transitions(e, history, config.invalid_penalty)]
+def with_preset(config: Config) -> Config:
+    """The config with the preset's readings filled in; a flag that contradicts the preset is refused."""
+    if config.preset == "none":
+        return config
+    groups = {}
+    for group, readings in PRESETS[config.preset].items():
+        given, default = getattr(config, group), type(getattr(config, group))()
+        changed = {f.name for f in fields(given) if getattr(given, f.name) != getattr(default, f.name)}
+        if clash := [name for name in readings if name in changed]:
+            raise ValueError(f"--preset {config.preset} sets {group} {clash}: leave out these flags or it")
+        groups[group] = replace(given, **readings)
+    return replace(config, **groups)
+
+
+def load_decisions(path: Path, meta: dict, config: Config) -> list[Transition]:
+    """The decisions of a file of episodes, with rewards as config.credit says and Monte-Carlo returns."""
+    is_flat, decisions = meta.get("flat", False), []
+    for episode in read_episodes(path):
+        episode = flat(episode) if is_flat else episode
+        decisions += transitions(episode, meta["history"], config.credit, is_flat)
+    set_returns(decisions, config.rl.gamma, config.rl.discount)
+    return decisions
+
+
+def sample_answers(policy, tokenizer, items: list[Transition], seed: int) -> dict[int, list[int]]:
+    """id(decision) -> answer ids that the policy samples now, at temperature 1, for its prompt."""
+    player = Policy(policy, tokenizer, temperature=1.0, planning_ratio=1.0)
+    requests = [
+        Request(t.level, t.prompt, MAX_NEW_TOKENS[t.level], episode_seed(seed, i))
+        for i, t in enumerate(items)
+    ]
+    return {id(t): answer.ids for t, answer in zip(items, player.answer(requests), strict=True)}
 
 
 def main(config: Config) -> None:
+    config = with_preset(config)
     torch.set_num_threads(config.threads)
     device = pick_device(config.device)
     policy, tokenizer, meta = load_policy(config.init, device, trainable=True)
-    pools = {
-        name: load_decisions(getattr(config, name), meta["history"], config)
-        for name in ("expert", "rollouts")
-    }
+    pools = {name: load_decisions(getattr(config, name), meta, config) for name in ("expert", "rollouts")}
     print({name: len(pool) for name, pool in pools.items()})
     shares = {"expert": config.expert_share, "rollouts": config.rollout_share}
     sampler = Mixture(pools, {name: share for name, share in shares.items() if share > 0}, config.seed)
@@ -83,6 +113,7 @@ def main(config: Config) -> None:
             sampler=sampler.state_dict(),
         )  # fmt: skip
 
+    watch = Watch()
     bar, began, step = (
         tqdm(range(start, config.steps), initial=start, total=config.steps, desc="orl"),
         time.time(),
@@ -91,12 +122,17 @@ def main(config: Config) -> None:
     try:
         for step in bar:
             items = sampler.batch(config.batch_size)
+            answers = None
+            if config.rl.samples_answers:
+                answers = sample_answers(policy, tokenizer, items, episode_seed(config.seed, step))
             batches = [
-                collate(part, tokenizer).to(device)
+                collate(part, tokenizer, config.rl.bootstrap == "next_q", answers).to(device)
                 for part in micro_batches(items, tokenizer, config.tokens_per_forward)
             ]
             metrics = learner.update(batches, train_actor=step >= config.warmup_steps)  # V, Q, policy, target
             run.log(step + 1, metrics)
+            for alarm in watch(metrics):
+                tqdm.write(f"alarm at step {step + 1}: {alarm}")
             bar.set_postfix(
                 {k: f"{metrics[k]:.3f}" for k in ("executor/q_loss", "executor/actor_loss") if k in metrics}
             )

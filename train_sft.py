@@ -15,6 +15,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from annotate import flat
 from batches import Mixture, collate, micro_batches
 from data import LEVELS, Transition, read_episodes, transitions
 from logprob import head_weight, sequence_logprobs
@@ -28,10 +29,11 @@ class Config:
     out: Path  # run folder
     model: str = "base"  # backbone: "base", a folder or a hub id
     history: Literal["progress", "full", "window"] = "progress"  # what a decision is conditioned on
+    flat: bool = False  # no planner: one subtask per episode, the task itself
     adapters: Literal["shared", "separate"] = "shared"  # one adapter for all roles, or one each
     rank: int = 16  # LoRA rank; 0 trains all weights
     targets: Literal["all", "attention"] = "all"  # linear layers that get LoRA; the papers use attention only
-    epochs: float = 3.0  # decisions drawn, in units of the dataset
+    epochs: float = 3.0  # decisions drawn, in units of the dataset; 0 saves the untrained adapter
     shares: tuple[float, float, float] = (2.0, 2.0, 1.0)  # of planner, executor and progress in what is drawn
     batch_size: int = 64  # decisions per step
     lr: float = 3e-3  # peak AdamW step size, decayed linearly to a tenth (papers: 1e-4 for 7-8B)
@@ -73,15 +75,18 @@ def main(config: Config) -> None:
     device = pick_device(config.device)
     lm, tokenizer = load_backbone(config.model, device, config.gradient_checkpointing)
     base = fingerprint(lm, tokenizer)
+    episodes = read_episodes(config.data)
     decisions: list[Transition] = [
-        t for e in read_episodes(config.data) for t in transitions(e, config.history)
+        t
+        for e in episodes
+        for t in transitions(flat(e) if config.flat else e, config.history, flat=config.flat)
     ]
     sampler = Mixture(*by_level_and_task(decisions, config.shares), config.seed)
     run = Run(
         config.out, config, config.resume
     )  # seeds; after the inputs are read, so a wrong path leaves no folder
     policy = add_lora(lm, config.rank, config.targets, config.adapters).train()
-    steps = max(1, round(config.epochs * len(decisions) / config.batch_size))
+    steps = round(config.epochs * len(decisions) / config.batch_size) or int(config.epochs > 0)
     counts = {level: sum(t.level == level for t in decisions) for level in LEVELS}
     print(f"{len(decisions)} decisions {counts}, {steps} steps on {device}")
 
@@ -126,7 +131,7 @@ def main(config: Config) -> None:
     save(steps)
     meta = {
         "model": config.model, "base": base, "rank": config.rank, "adapters": config.adapters,
-        "history": config.history, "stage": "sft", "steps": steps,
+        "history": config.history, "flat": config.flat, "stage": "sft", "steps": steps,
     }  # fmt: skip
     save_policy(policy, config.out, meta)
     print(f"saved {config.out} after {(time.time() - began) / 60:.1f} min")

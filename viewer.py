@@ -27,7 +27,7 @@ def tag(text: str, kind: str = "") -> str:
 def ending(episode: Episode, segment: Segment) -> str:
     """How a subtask ended, and whether the judge agreed."""
     last = episode.turns[segment.end - 1]
-    how = tag("claimed done") if last.claimed_done else tag("cap on actions")
+    how = tag("claimed done") if last.claimed_done else tag("cut: cap or judge")
     if last.terminated:
         how = tag("world: solved", "good") if episode.success else tag("world: ended", "bad")
     elif last.truncated:
