@@ -122,8 +122,7 @@ def progress_text(subtask: str, previous: str, action: str, feedback: str) -> st
 
 
 # --- subtasks and their completion ------------------------------------------------------------------------
-_OPEN = r"(?:open (?!door).+\n)*"
-# Pouring a thing into itself: a habit of the gold paths, without effect.
+_OPEN = r"(?:open (?!door).+\n)*"  # and _SELF: pouring a thing into itself, a habit of the gold paths
 _SELF = r"(?:pour (?:(?P<self>.+?) in(?:to)? (?P=self)|metal pot .* into metal pot.*)\n)?"
 X, Y = "(?P<x>.+?)", "(?P<y>.+?)"
 # Per kind: how the coming actions look (one a line, marked BROKEN or REFUSED), the subtask's name, and its
@@ -302,8 +301,8 @@ def split(description: str, actions: list[str], observations: list[str]) -> list
         end, name = _walk(actions, observations, i)
         if end == i:
             end, name = _other_kind(lines, feedbacks, i, observations[i])
-            earlier = [subtask for subtask, _, _ in groups]
-            seen = [description, *earlier, *feedbacks[i - 1 : i], observations[i], ROOMS_AND_TOOLS]
+            names = [subtask for subtask, _, _ in groups]
+            seen = [description, *names, *feedbacks[i - 1 : i], observations[i], ROOMS_AND_TOOLS]
             if unknown_names(name, *seen):  # no planner could find this name
                 name = "try another action"
         groups += [(name, start, min(start + MAX_ACTIONS, end)) for start in range(i, end, MAX_ACTIONS)]
@@ -313,7 +312,7 @@ def split(description: str, actions: list[str], observations: list[str]) -> list
 
 # --- episodes ---------------------------------------------------------------------------------------------
 class Teacher(Protocol):
-    """Whoever annotates instead of the rules, for example teacher.ChatTeacher."""
+    """Whoever annotates instead of the rules: teacher.ChatTeacher."""
 
     def annotate(self, episode: Episode) -> Episode: ...
 

@@ -153,10 +153,10 @@ ProgressReward = Literal["action", "planner"]
 class Credit:
     """How the executor and the progress policy are rewarded; the papers leave it open."""
 
-    completion: Completion = "judge"  # who says that a subtask is complete: see Completion
+    completion: Completion = "judge"  # by the judge's verdict, the executor's claim, or its segment's end
     noise: float = 0.0  # probability with which that word is turned round, seeded by episode and turn
     invalid_penalty: float = 1.0  # cost of an action the world does not understand (STEP-HRL; GLIDER 0)
-    progress: ProgressReward = "action"  # what the progress policy earns: see ProgressReward
+    progress: ProgressReward = "action"  # pay of progress: as the action before, or the planner's value
 
     def __post_init__(self):
         if not 0 <= self.noise <= 1:
