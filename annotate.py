@@ -332,10 +332,10 @@ def fill_in(episode: Episode, groups: list[Group], write: Callable[..., str] = p
 
 
 def flat(episode: Episode) -> Episode:
-    """A new episode with one subtask, the task itself: what an agent without a planner learns from."""
-    task = compact(episode.description)
-    played_so = [s.subtask for s in episode.segments] == [task]
-    return episode if played_so else fill_in(episode, [(task, 0, len(episode.turns))])
+    """A new episode with one subtask, the task itself, progress by rules: what a flat agent learns from."""
+    task, subtasks = compact(episode.description), [s.subtask for s in episode.segments]
+    whole = [(task, 0, len(episode.turns))]  # and no decisions: they were sampled for other prompts
+    return episode if subtasks == [task] else fill_in(replace(episode, decisions=[]), whole)
 
 
 def annotate(episode: Episode, teacher: Teacher | None = None) -> Episode:

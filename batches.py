@@ -123,7 +123,7 @@ def collate(
 
 
 def micro_batches(items: list[Transition], tokenizer, max_tokens: int) -> list[list[Transition]]:
-    """Groups of like length, at most max_tokens padded tokens each: little padding, bounded memory."""
+    """Groups of like length, at most max_tokens padded tokens of prompt + answer each: little padding."""
     lengths = {
         id(t): sum(map(len, encode(tokenizer, t.prompt, t.completion, t.completion_ids))) for t in items
     }

@@ -94,9 +94,11 @@ def play(pool: EnvPool, panel: list, config: Config, repeat: int) -> Iterator[Ep
 
 
 def source_name(config: Config) -> str:
-    """Who plays, as stored with every episode; a policy is named by the hash of its adapter."""
+    """Who plays, as stored with every episode; a policy by a hash of its adapter and of how it plays."""
     if config.source == "policy":
-        return f"policy-{file_hash(config.checkpoint / 'adapter')[:8]}-seed{config.seed}"
+        adapter, judge = file_hash(config.checkpoint / "adapter"), (config.judge, config.judge_noise)
+        how = (config.temperature, config.ends, config.max_actions, config.max_steps)
+        return f"policy-{episode_seed(0, adapter, *judge, *how):016x}"[:15] + f"-seed{config.seed}"
     return {"gold": "expert", "explore": "explore"}[config.source]
 
 
@@ -114,9 +116,11 @@ def main(config: Config) -> None:
         raise ValueError("--judge chat needs --teacher-url URL: an OpenAI-compatible endpoint")
     panel = read_panel(config.env, config.panel, "train", config.limit)
     kept = read_episodes(config.out) if config.out.exists() else []
-    if strangers := {e.source for e in kept if not e.source.startswith(source_name(config))}:
+    name = source_name(config)
+    if strangers := {e.source for e in kept if e.source != name and not e.source.startswith(name + "-")}:
         raise ValueError(
-            f"{config.out} holds episodes of {sorted(strangers)}: choose another --out, or delete it"
+            f"{config.out} holds episodes of {sorted(strangers)}, not of {name}: another player, or one that "
+            "plays by other flags; choose another --out, or delete it"
         )
     done = Counter((e.task, e.variation) for e in kept)
     max_steps = 10**6 if config.source == "gold" else config.max_steps
@@ -138,6 +142,15 @@ def main(config: Config) -> None:
         f"{config.out}: {len(episodes)} episodes, mean score {mean:.1f}, "
         f"{duplicates(episodes):.1%} duplicates"
     )
+    if config.source != "explore":
+        s = completion.summary(episodes, config.ends)
+        print(
+            f"{s['count']} subtasks of {s['mean_length']} actions; claim and verdict agree after "
+            f"{s['agreement']:.1%} of actions (precision {s['precision']}, recall {s['recall']})"
+        )
+        if config.judge == "chat" or config.judge_noise > 0:
+            same = completion.agreement(episodes, annotate.judge)
+            print(f"verdicts are those of the rules after {same:.1%} of actions")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ pay for it (data.Credit), or end a subtask (hierarchy.Ends).
 """
 
 import copy
+import math
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -34,6 +35,16 @@ def rejudge(episode: Episode, judge: Judge) -> Episode:
     for i, turn in enumerate(new.turns):
         turn.verified_done = bool(judge(turn.subtask, new.obs_after(i)))
     return new
+
+
+def agreement(episodes: list[Episode], judge: Judge) -> float:
+    """Share of actions after which the stored verdict is also this judge's; nan without actions."""
+    same = [
+        turn.verified_done == bool(judge(turn.subtask, episode.obs_after(i)))
+        for episode in episodes
+        for i, turn in enumerate(episode.turns)
+    ]
+    return sum(same) / len(same) if same else math.nan
 
 
 def ended_by(episode: Episode, segment: Segment, ends: Ends) -> str:

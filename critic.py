@@ -68,7 +68,7 @@ def conservative_loss(policy_q: Tensor, data_q: Tensor, count: int | None = None
 def awr_weight(advantage: Tensor, temperature: float, max_weight: float) -> Tensor:
     """w = exp(min(A / temperature, log max_weight)), A = Q(s,a) - V(s)  (GLIDER eq. 7).
 
-    (B,) -> (B,), held constant. The exponent is clamped, not the result, so that nothing overflows.
+    (B,) -> (B,), held constant. The exponent is clamped, so that with a finite ceiling nothing overflows.
     temperature = inf gives 1 everywhere: behaviour cloning.
     """
     return (advantage.detach() / temperature).clamp(max=math.log(max_weight)).exp()
@@ -126,22 +126,26 @@ class Critics(nn.Module):
         self.target = copy.deepcopy(self.online).requires_grad_(False)
 
     def q(self, hidden: Tensor, level_index: Tensor) -> Tensor:
+        """Q(s,a)  (GLIDER eq. 4). hidden (B, D) at the answer's last token, level_index (B,) -> (B,)."""
         return _by_level(self.online.q, hidden, level_index)
 
     def v(self, hidden: Tensor, level_index: Tensor) -> Tensor:
+        """V(s)  (GLIDER eq. 5). hidden (B, D) at the prompt's last token, level_index (B,) -> (B,)."""
         return _by_level(self.online.v, hidden, level_index)
 
     @torch.no_grad()
     def target_q(self, hidden: Tensor, level_index: Tensor) -> Tensor:
+        """Q(s,a) by the target heads, held constant: (B, D), (B,) -> (B,)."""
         return _by_level(self.target.q, hidden, level_index)
 
     @torch.no_grad()
     def target_v(self, hidden: Tensor, level_index: Tensor) -> Tensor:
+        """V(s) by the target heads, held constant: (B, D), (B,) -> (B,)."""
         return _by_level(self.target.v, hidden, level_index)
 
     @torch.no_grad()
     def update_target(self, polyak: float) -> None:
-        """target <- (1 - polyak) * target + polyak * online, for every level  (GLIDER Table 5: 0.2)."""
+        """target <- (1 - polyak) * target + polyak * online, every parameter  (GLIDER Algorithm 1)."""
         for target, online in zip(self.target.parameters(), self.online.parameters(), strict=True):
             target.lerp_(online, polyak)
 

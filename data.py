@@ -154,7 +154,7 @@ class Credit:
     """How the executor and the progress policy are rewarded; the papers leave it open."""
 
     completion: Completion = "judge"  # by the judge's verdict, the executor's claim, or its segment's end
-    noise: float = 0.0  # probability with which that word is turned round, seeded by episode and turn
+    noise: float = 0.0  # probability with which that word is turned round; the draw depends on the turn alone
     invalid_penalty: float = 1.0  # cost of an action the world does not understand (STEP-HRL; GLIDER 0)
     progress: ProgressReward = "action"  # pay of progress: as the action before, or the planner's value
 
@@ -256,14 +256,17 @@ def transitions(
             add("executor", t, prompt, answer, next_prompt=next_prompt, resampled=relabel, **outcome)
             if history == "progress" and not turn.terminated:
                 prompt = progress_prompt(segment.subtask, turn.progress, turn.action, next_obs)
-                following = "" if final else progress_prompt(
+                last_update = not final and episode.turns[t + 1].terminated  # the world ends before another
+                following = "" if final or last_update else progress_prompt(
                     segment.subtask, next_progress, episode.turns[t + 1].action, episode.obs_after(t + 1)
                 )  # fmt: skip
                 if credit.progress == "action" or flat:
-                    outcome |= {"terminated": ended or final, "next_prompt": "" if ended else following}
+                    outcome |= {"terminated": ended or final or last_update}
+                    outcome |= {"next_prompt": "" if ended else following}
                 else:
-                    outcome |= {"reward": 0.0, "terminated": False, "next_prompt": following or next_plan}
-                    outcome |= {"next_level": "planner" if final else "progress"}
+                    outcome |= {"reward": 0.0, "terminated": last_update}
+                    outcome |= {"next_prompt": next_plan, "next_level": "planner"} if final else {}
+                    outcome |= {"next_prompt": following} if not final else {}
                 outcome["truncated"] = False
                 add("progress", t, prompt, " " + next_progress, **outcome)
     _link(result)

@@ -27,7 +27,8 @@ MAX_NEW_TOKENS = {"planner": 32, "executor": 32, "progress": 64}
 class Acts(Protocol):
     """Answers requests in one batch: model.Policy, or a scripted stand-in in tests."""
 
-    def answer(self, requests: list[Request]) -> list[Answer]: ...
+    def answer(self, requests: list[Request]) -> list[Answer]:
+        """One Answer per Request, in order."""
 
 
 @dataclass
@@ -145,9 +146,11 @@ class Player:
 
     @property
     def over(self) -> bool:
+        """Whether it waits for nothing: the episode ended."""
         return self.waits_for == "nothing"
 
     def finished(self) -> Episode:
+        """The episode with its last observation, score and success."""
         return replace(self.episode, final_obs=self.now.obs, score=self.now.score, success=self.now.success)
 
 

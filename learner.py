@@ -2,8 +2,8 @@
 
 The default is the IQL reading (arXiv:2110.06169) of GLIDER and STEP-HRL (arXiv:2604.05808); what the papers
 leave open, and what their released code computes instead, are the other values of RLConfig's fields, and
-PRESETS name them together. What this file does not do: choose the data, act, or switch dropout off (the
-policy comes without it).
+PRESETS name them together. What this file does not do: choose the data, act, or switch dropout off
+(model.add_lora sets none; a backbone's own stays on).
 Shapes: B decisions, T tokens, D hidden size.
 """
 
@@ -29,12 +29,11 @@ from diagnostics import level_quantities
 from logprob import head_weight, sequence_logprobs
 from model import without_adapters
 
-HiddenFn = Callable[
-    [nn.Module, Tensor, Tensor], Tensor
-]  # (policy, input_ids (B, T), level (B,)) -> (B, T, D)
+# (policy, input_ids (B, T), level (B,)) -> what lm_head reads (B, T, D)
+HiddenFn = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
-# Every reading of the equations has a name. The first is the default; docs/paper_map.md discusses the others.
+# Options where papers and code differ; the first is the default (docs/paper_map.md).
 Side = Literal["upper", "lower"]
 Answers = Literal["dataset", "policy"]
 Token = Literal["answer", "prompt"]
@@ -51,21 +50,23 @@ class RLConfig:
     gamma: float = 0.99  # discount per decision, or per environment step with "smdp" (GLIDER Table 5)
     discount: Literal["subtask", "smdp"] = "subtask"  # published: one gamma per subtask; option: gamma^steps
     expectile: float = 0.7  # IQL's tau, in (0, 1); 0.5 is plain regression (GLIDER gives no value, IQL 0.7)
-    expectile_side: Side = "upper"  # of Q above V (IQL), or below it: the reversed sign of both releases
+    expectile_side: Side = "upper"  # lower: 1 - expectile, V below mean Q (the sign slip of both releases)
     value_answers: Answers = "dataset"  # u in L_V: the data's (IQL), or the policy's own (GLIDER eq. 5)
-    value_reads: Token = "answer"  # last token of what gives V its target Q; "prompt": STEP-HRL's code
+    value_reads: Token = "answer"  # V's target: Q_target after the answer, or at the prompt's end (STEP-HRL)
     bootstrap: Bootstrap = "v"  # V(s') (eq. 4), or Q(s', a') of the data, 0 where none follows (GLIDER code)
-    conservative: float = 0.0  # alpha of CQL's penalty on Q of the policy's own answers; 0 is off
+    conservative: float = 0.0  # weight of CQL's penalty on Q of the policy's own answers; CQL's alpha is half
     features: Features = "adapted"  # what heads read: the actor's forward, or the backbone without adapter
     polyak: float = 0.2  # share of the online heads that enters the target each step (GLIDER Table 5)
-    actor: Actor = "awr"  # weight exp(A / temperature) (eq. 7), Q (GLIDER's code), A (STEP-HRL's), 1, TD3+BC
+    actor: Actor = "awr"  # weight of a decision in L_pi: the table in actor_weight
     rl_levels: Trained = "all"  # "planner": the other levels clone the experts, as in GLIDER's code
-    temperature: float = 0.99  # unit of advantage; it divides, so inf is behaviour cloning (GLIDER Table 5)
+    temperature: float = (
+        0.99  # eq. 7's lambda (GLIDER Table 5), divides the advantage; inf: behaviour cloning
+    )
     max_weight: float = 20.0  # ceiling of one decision's weight (STEP-HRL's code; GLIDER names none)
-    td3_alpha: float = 2.5  # TD3+BC's alpha: weight of the policy gradient, in units of mean |Q|
+    td3_alpha: float = 2.5  # TD3+BC's alpha: weight of the policy gradient once Q is divided by mean |Q|
     token_norm: Literal["sum", "mean"] = "sum"  # log pi of a whole answer (eq. 7), or its mean per token
-    actor_lr: float = 1e-4  # AdamW step size of the policy (GLIDER: 1e-5 for 7B to 8B backbones)
-    critic_lr: float = 1e-4  # AdamW step size of the heads (GLIDER Table 5)
+    actor_lr: float = 1e-4  # AdamW step size of the policy, weight decay 0.01 (GLIDER: 1e-5 for 7B to 8B)
+    critic_lr: float = 1e-4  # AdamW step size of the heads, weight decay 0.01 (GLIDER Table 5)
     clip_norm: float = 1.0  # ceiling of the gradient norm, policy and heads apart (GLIDER's code: together)
 
     def __post_init__(self):
@@ -75,6 +76,10 @@ class RLConfig:
             raise ValueError(f"temperature is {self.temperature}, expected > 0: inf is behaviour cloning")
         if not self.max_weight > 0:
             raise ValueError(f"max_weight is {self.max_weight}, expected > 0: inf is no ceiling")
+        if self.value_reads == "prompt" and self.value_answers == "policy":
+            raise ValueError("value_reads='prompt' reads no answer: leave value_answers at 'dataset'")
+        if self.rl_levels == "planner" and self.actor == "td3_bc":
+            raise ValueError("td3_bc trains all levels with Q: choose rl_levels='all' or another actor")
 
     @property
     def samples_answers(self) -> bool:
@@ -88,7 +93,7 @@ PRESETS = {
         "rl": {"value_answers": "policy", "max_weight": float("inf")},
         "credit": {"invalid_penalty": 0.0},
     },
-    "as_published_step_hrl": {"rl": {}, "credit": {}},
+    "as_published_step_hrl": {"rl": {}, "credit": {}},  # the defaults
     "as_released_glider": {
         "rl": {
             "actor": "q_weighted", "bootstrap": "next_q", "rl_levels": "planner", "token_norm": "mean",
@@ -106,9 +111,10 @@ PRESETS = {
 
 
 class Decisions(NamedTuple):
-    """What the networks say about B decisions; every field is (B,). v, q, logp and policy_* carry a gradient.
+    """What the networks say about B decisions; every field is (B,).
 
-    policy_*: of the answer u that the policy sampled for the same prompt; 0 where none was asked for.
+    v, q and policy_q carry a gradient to the heads; logp to the policy after the warm-up, with td3_bc also
+    policy_logp. policy_*: of the answer u that the policy sampled for the same prompt; 0 without one.
     """
 
     level: Tensor  # index into LEVELS
@@ -120,7 +126,7 @@ class Decisions(NamedTuple):
     weight: Tensor  # of the decision in the actor loss
     logp: Tensor  # log pi(a|s): sum or mean over its tokens, as token_norm says
     policy_q: Tensor  # Q(s,u)
-    policy_logp: Tensor  # log pi(u|s)
+    policy_logp: Tensor  # log pi(u|s), always the sum over its tokens
     tokens: Tensor  # answer tokens, EOS included
     expert: Tensor  # whether an expert made it
     behavior_logp: Tensor  # log pi of the answer when it was sampled; nan for an expert
@@ -153,7 +159,7 @@ def actor_weight(
 
 
 def actor_loss(logp: Tensor, weight: Tensor, count: int | None = None) -> Tensor:
-    """L_pi = -E[w * log pi(a|s)], w = exp(A / temperature) held constant  (GLIDER eq. 7). (B,) -> scalar.
+    """L_pi = -E[w * log pi(a|s)], w of actor_weight, held constant  (GLIDER eq. 7). Both (B,) -> scalar.
 
     sum / count, by default B. Weight 0 (exp underflows) gives 0 even where log pi is -inf.
     """
@@ -164,8 +170,8 @@ def actor_loss(logp: Tensor, weight: Tensor, count: int | None = None) -> Tensor
 def policy_gradient_loss(policy_logp: Tensor, policy_advantage: Tensor, count: int | None = None) -> Tensor:
     """-E_{u~pi}[A(s,u) * log pi(u|s)]: its gradient is that of -E_{u~pi}[Q(s,u)]  (REINFORCE, baseline V).
 
-    Both (B,) -> scalar: sum / count, by default B; A is held constant. In place of -Q(s, pi(s)) in TD3+BC
-    (arXiv:2106.06860, eq. 3): a text has no derivative.
+    Both (B,) -> scalar: sum / count, by default B; A is held constant. It replaces -Q(s, pi(s)) of TD3+BC
+    (arXiv:2106.06860, eq. 3): one cannot differentiate Q in a sampled text.
     """
     return -(policy_advantage.detach() * policy_logp).sum() / (len(policy_logp) if count is None else count)
 
@@ -173,7 +179,7 @@ def policy_gradient_loss(policy_logp: Tensor, policy_advantage: Tensor, count: i
 def losses(d: Decisions, config: RLConfig, count: int, q_scale: float = 1.0) -> dict[str, Tensor]:
     """The losses of Algorithm 1: sums over these decisions / `count`, the decisions of the whole batch.
 
-    q_scale: mean |Q(s,u)| of the whole batch, TD3+BC's unit of Q.
+    GLIDER eqs. 5, 4, 7; CQL (arXiv:2006.04779) eq. 2; TD3+BC eq. 3, whose unit is q_scale = mean |Q(s,u)|.
     """
     expectile = config.expectile if config.expectile_side == "upper" else 1 - config.expectile
     terms = {
@@ -187,6 +193,11 @@ def losses(d: Decisions, config: RLConfig, count: int, q_scale: float = 1.0) -> 
         gradient = policy_gradient_loss(d.policy_logp, d.policy_q - d.v, count)
         terms["pg_loss"] = config.td3_alpha / q_scale * gradient
     return terms
+
+
+def _last(mask: Tensor) -> Tensor:
+    """(B, T) bool -> (B,): the last true column of each row, where the count stops growing."""
+    return mask.cumsum(1).argmax(1)
 
 
 # --- the step ---------------------------------------------------------------------------------------------
@@ -213,7 +224,9 @@ class Learner:
         self.critic_optimizer = torch.optim.AdamW(self.critic_parameters, lr=config.critic_lr)
 
     def update(self, batches: list[Batch], train_actor: bool = True) -> dict[str, float]:
-        """One step on micro-batches that together are one batch; returns `level/quantity` metrics.
+        """One step of Algorithm 1, L_V + L_Q + L_pi and then the target, on micro-batches of one batch.
+
+        Returns `level/quantity` metrics.
 
         train_actor=False warms the critics up: no gradient through the backbone, the policy stays as it is.
         V, Q and policy all read the parameters from before the step.
@@ -221,7 +234,7 @@ class Learner:
         count = sum(len(batch.level) for batch in batches)
         self.actor_optimizer.zero_grad()
         self.critic_optimizer.zero_grad()
-        q_scale = self._mean_absolute_q(batches) if self.config.actor == "td3_bc" else 1.0
+        q_scale = self._mean_absolute_q(batches) if self.config.actor == "td3_bc" and train_actor else 1.0
         seen = []
         for batch in batches:
             decisions = self.decide(batch, train_actor)
@@ -234,31 +247,31 @@ class Learner:
             self.actor_optimizer.step()
         self.critic_optimizer.step()
         self.critics.update_target(self.config.polyak)
-        everything = Decisions(*(torch.cat(column) for column in zip(*seen, strict=True)))
+        whole = Decisions(*(torch.cat(column) for column in zip(*seen, strict=True)))
         for index, name in enumerate(LEVELS):
-            at = Decisions(*(column[everything.level == index] for column in everything))
-            if len(at.level):
-                of_level = losses(at, self.config, len(at.level), q_scale)
-                of_level |= level_quantities(at, self.config.token_norm)
+            own = Decisions(*(column[whole.level == index] for column in whole))
+            if len(own.level):
+                of_level = losses(own, self.config, len(own.level), q_scale)
+                of_level |= level_quantities(own, self.config.token_norm)
                 metrics |= {f"{name}/{quantity}": value.item() for quantity, value in of_level.items()}
         return metrics
 
     def decide(self, batch: Batch, train_actor: bool = True) -> Decisions:
-        """One forward on prompt + answer serves V, Q and log pi; one on the next prompt V(s')."""
+        """One forward on prompt + answer gives V(s), Q(s,a) and log pi(a|s), one on the next prompt V(s')."""
         config, critics, level = self.config, self.critics, batch.level
-        rows = torch.arange(len(level), device=level.device)
-        hidden, logp, tokens = self._read(batch.input_ids, batch.action_mask, level, train_actor)
+        rows, tokens = torch.arange(len(level), device=level.device), batch.action_mask.sum(1)
+        hidden, logp = self._read(batch.input_ids, batch.action_mask, level, train_actor)
         state, action = hidden[rows, batch.state_index], hidden[rows, batch.action_index]  # (B, D) each
         v, q = critics.v(state, level), critics.q(action, level)  # (B,)
         target_q = critics.target_q(action, level)
         v_target, policy_q, policy_logp = target_q, torch.zeros_like(q), torch.zeros_like(q)
         if config.samples_answers:
             train_this = train_actor and config.actor == "td3_bc"
-            hidden, policy_logp, _ = self._read(batch.policy_ids, batch.policy_mask, level, train_this)
-            last = batch.policy_mask.shape[1] - 1 - batch.policy_mask.int().flip(1).argmax(1)  # (B,)
-            policy_q = critics.q(hidden[rows, last], level)
+            hidden, policy_logp = self._read(batch.policy_ids, batch.policy_mask, level, train_this)
+            policy_action = hidden[rows, _last(batch.policy_mask)]  # (B, D)
+            policy_q = critics.q(policy_action, level)
             if config.value_answers == "policy":
-                v_target = critics.target_q(hidden[rows, last], level)
+                v_target = critics.target_q(policy_action, level)
         if config.value_reads == "prompt":
             v_target = critics.target_q(state, level)
         discount = bootstrap_discount(config.gamma, batch.steps, config.discount)
@@ -271,7 +284,7 @@ class Learner:
             td_target=td_target(batch.reward, discount, batch.terminated, self._next_value(batch)),
             advantage=advantage,
             weight=actor_weight(advantage, target_q, level, batch.expert, config),
-            logp=logp,
+            logp=logp if config.token_norm == "sum" else logp / tokens.clamp_min(1),
             policy_q=policy_q,
             policy_logp=policy_logp,
             tokens=tokens,
@@ -281,7 +294,7 @@ class Learner:
         )
 
     def _read(self, ids: Tensor, action_mask: Tensor, level: Tensor, train_actor: bool):
-        """ids (B, T) -> features of the critics (B, T, D), log pi of the answers (B,), their tokens (B,).
+        """ids (B, T) -> features of the critics (B, T, D), log pi of the answers (B,), summed over tokens.
 
         Features are constants of the critic losses: the backbone learns from the actor loss alone.
         """
@@ -289,10 +302,7 @@ class Learner:
             hidden = self.hidden_fn(self.policy, ids, level)  # (B, T, D)
             weight, bias = head_weight(self.policy.get_output_embeddings())
             _, logp = sequence_logprobs(hidden, weight, ids, action_mask, bias=bias)
-        tokens = action_mask.sum(1)
-        logp = logp if self.config.token_norm == "sum" else logp / tokens.clamp_min(1)
-        features = hidden.detach() if self.config.features == "adapted" else self._features(ids, level)
-        return features, logp, tokens
+        return hidden.detach() if self.config.features == "adapted" else self._features(ids, level), logp
 
     @torch.no_grad()
     def _features(self, ids: Tensor, level: Tensor) -> Tensor:
@@ -303,7 +313,7 @@ class Learner:
             return self.hidden_fn(self.policy, ids, level)
 
     def _next_value(self, batch: Batch) -> Tensor:
-        """(B,): V_target(s') or Q_target(s',a'); 0 where nothing follows."""
+        """(B,): V_target(s'), or Q_target(s',a'). 0 if terminated, and for Q where the data stop (GLIDER)."""
         critics, value = self.critics, torch.zeros_like(batch.reward)
         follows, at, read = ~batch.terminated, batch.next_index, critics.target_v
         if self.config.bootstrap == "next_q":
@@ -318,9 +328,12 @@ class Learner:
 
     def _mean_absolute_q(self, batches: list[Batch]) -> float:
         """mean |Q(s,u)| of the whole batch, before any of it is trained on, so that its parts agree on it."""
-        with torch.no_grad():
-            columns = [self.decide(batch, train_actor=False).policy_q.abs() for batch in batches]
-        return max(torch.cat(columns).mean().item(), 1e-3)
+        total = 0.0
+        for batch in batches:
+            hidden = self._features(batch.policy_ids, batch.level)
+            action = hidden[torch.arange(len(hidden), device=hidden.device), _last(batch.policy_mask)]
+            total += self.critics.q(action, batch.level).abs().sum().item()
+        return max(total / sum(len(batch.level) for batch in batches), 1e-3)
 
     def _clip(self, parameters: list[nn.Parameter]) -> float:
         """Clips in place; returns the norm from before. nan or inf stops the run first."""
@@ -331,5 +344,6 @@ class Learner:
         return {"actor": self.actor_optimizer.state_dict(), "critic": self.critic_optimizer.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
+        """Restores what state_dict gave."""
         self.actor_optimizer.load_state_dict(state["actor"])
         self.critic_optimizer.load_state_dict(state["critic"])

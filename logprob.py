@@ -48,7 +48,7 @@ def token_logprobs(
     temperature: float = 1.0,
     tile: tuple[int, int] | None = None,
 ) -> Tensor:
-    """log pi(target | hidden) for N tokens: (N,) in float32, or float64 for float64 input.
+    """log pi(y|h) = z_y - logsumexp(z), z = (W h + b) / temperature: (N,) float32, float64 for float64 input.
 
     hidden (N, D), weight (V, D), targets (N,), bias (V,), where -inf bans a token. tile = (tokens, words)
     bounds the working memory. Differentiable once: in hidden, and in weight and bias if they require it.
@@ -64,7 +64,7 @@ def token_logprobs(
 def sequence_logprobs(
     hidden: Tensor, weight: Tensor, input_ids: Tensor, action_mask: Tensor, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
-    """log pi(a_t | s, a_<t) on action tokens (EOS included), 0 elsewhere; and its sum per row.
+    """log pi(a_t | s, a_<t) on action tokens (EOS included), 0 elsewhere; its sum per row  (GLIDER eq. 6).
 
     hidden (B, T, D), input_ids (B, T), action_mask (B, T) bool -> (B, T) and (B,). Column t is predicted by
     hidden[:, t - 1]; column 0 has no predictor and stays 0. Only rows that predict an action token are read:

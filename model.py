@@ -310,7 +310,7 @@ def load_policy(folder: Path, device: str = "cpu", trainable: bool = False):
         )
     if meta["rank"] == 0:
         weights = AutoModelForCausalLM.from_pretrained(
-            folder / "adapter", dtype=lm.dtype, **attention(device)
+            folder / "adapter", dtype=torch.float32 if trainable else lm.dtype, **attention(device)
         )
         model = weights.to(device)
     else:

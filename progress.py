@@ -24,9 +24,9 @@ def _steps(turns, start: int, end: int) -> list[str]:
 
 
 def planner_prompt(episode, start: int, obs: str, history: History = "progress") -> str:
-    """Prompt of the planner that chooses the subtask beginning at turn `start`, where it sees `obs`.
+    """State of g_k ~ pi^h(. | task, memory, obs) at turn `start`  (STEP-HRL sec. 3; GLIDER sec. 3.2).
 
-    episode: data.Episode.
+    episode: data.Episode. obs: what the planner sees there.
     """
     finished = [s for s in episode.segments if s.end <= start]
     if history == "progress":
@@ -52,7 +52,7 @@ def _feedback(episode, turn: int, obs: str, start: int) -> str:
 def executor_prompt(
     episode, start: int, t: int, subtask: str, progress: str, obs: str, history: History = "progress"
 ) -> str:
-    """Prompt of the executor at turn `t` of a subtask that began at turn `start`."""
+    """State of a_t ~ pi^l(. | subtask, memory, obs) at turn `t` of a subtask begun at `start`  (the same)."""
     if history == "progress":
         memory = f"Progress: {progress}"
     else:
@@ -62,5 +62,5 @@ def executor_prompt(
 
 
 def progress_prompt(subtask: str, previous: str, action: str, next_obs: str) -> str:
-    """Prompt of the progress policy after `action` led to the raw observation `next_obs`."""
+    """State of p_{t+1} ~ pi^p(. | subtask, p_t, a_t, feedback), next_obs raw  (STEP-HRL sec. 3.2)."""
     return prompts.progress(subtask, previous, action, next_obs.split(prompts.SEPARATOR)[0])

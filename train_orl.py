@@ -50,7 +50,7 @@ class Config:
 
 
 def with_preset(config: Config) -> Config:
-    """The config with the preset's readings filled in; a flag that contradicts the preset is refused."""
+    """The config with the preset's readings filled in; a flag of its own off the default is refused."""
     if config.preset == "none":
         return config
     groups = {}
@@ -74,7 +74,10 @@ def load_decisions(path: Path, meta: dict, config: Config) -> list[Transition]:
 
 
 def sample_answers(policy, tokenizer, items: list[Transition], seed: int) -> dict[int, list[int]]:
-    """id(decision) -> answer ids that the policy samples now, at temperature 1, for its prompt."""
+    """id(decision) -> answer ids that the policy samples for its prompt now, at temperature 1.
+
+    A decision drawn twice in a batch has one answer.
+    """
     player = Policy(policy, tokenizer, temperature=1.0, planning_ratio=1.0)
     requests = [
         Request(t.level, t.prompt, MAX_NEW_TOKENS[t.level], episode_seed(seed, i))

@@ -72,8 +72,15 @@ def sft_loss(policy, batch, count: int, precision: str) -> torch.Tensor:
 
 def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
+    if config.gradient_checkpointing and config.adapters == "separate":
+        raise ValueError(
+            "--gradient-checkpointing runs each forward twice, the second time with the adapter of the last "
+            "role: choose --adapters shared"
+        )
     device = pick_device(config.device)
     lm, tokenizer = load_backbone(config.model, device, config.gradient_checkpointing)
+    if config.rank == 0:
+        lm = lm.float()  # small steps would be rounded away in bf16 weights
     base = fingerprint(lm, tokenizer)
     episodes = read_episodes(config.data)
     decisions: list[Transition] = [

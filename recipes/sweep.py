@@ -10,6 +10,7 @@ page in out/sweep/<panel>-<budget>/<name>/report.html.
 
 import hashlib
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -40,9 +41,10 @@ class Arm:
     play: str = ""  # flags of collection and evaluation alike
 
 
-def one_flag(flag: str, values: str, **fields) -> dict[str, Arm]:
-    """An arm per value of one flag of train_orl.py."""
-    return {value: Arm(f"--{flag} {value}", **fields) for value in values.split()}
+def one_flag(flag: str, values: str) -> dict[str, Arm]:
+    """An arm per value of one flag of train_orl.py; the first is what the budget runs anyway."""
+    first, *others = values.split()
+    return {first: Arm()} | {value: Arm(f"--{flag} {value}") for value in others}
 
 
 def mixed(expert: float, rollouts: float) -> Arm:
@@ -61,7 +63,7 @@ SWEEPS: dict[str, dict[str, Arm]] = {
         "flat, SFT+ORL": Arm(sft="--flat"),
     },
     "ratio": {  # expert : rollouts (GLIDER Fig. 5)
-        "1:2": mixed(1, 2),
+        "1:2": Arm(),
         "expert": mixed(1, 0),
         "10:1": mixed(10, 1),
         "5:1": mixed(5, 1),
@@ -71,10 +73,14 @@ SWEEPS: dict[str, dict[str, Arm]] = {
         "1:10": mixed(1, 10),
         "rollouts": mixed(0, 1),
     },
-    "history": {mode: Arm(sft=f"--history {mode}") for mode in ("progress", "full", "window")},  # STEP-HRL
+    "history": {  # STEP-HRL's ablation
+        "progress": Arm(),
+        "full": Arm(sft="--history full"),
+        "window": Arm(sft="--history window"),
+    },
     "temperature": one_flag("rl.temperature", "0.2 0.05 0.5 0.99 inf"),
     "expectile": one_flag("rl.expectile", "0.7 0.5 0.9 0.95"),
-    "released": {  # each paper as printed beside what its code computes
+    "released": {  # each paper as printed beside what its code computes; learning rates are the budget's
         "SFT": Arm(orl=None),
         **{
             name.replace("_", " "): Arm(f"--preset {name} {PAPER}")
@@ -138,7 +144,8 @@ def stages(arm: Arm, seed: int, c: Config) -> dict[str, tuple[Path, str]]:
     common = f"--seed {seed} --threads {c.threads}"
 
     def folder(stage: str, *flags: str) -> Path:
-        return work / f"{stage}-{hashlib.blake2b(' '.join(flags).encode(), digest_size=4).hexdigest()}"
+        text = repr((BUDGETS[c.budget], flags))
+        return work / f"{stage}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
 
     def train(stage: str, flags: str) -> Path:
         out = folder("sft", flags)
@@ -240,6 +247,7 @@ def figure(table: dict[str, dict], title: str) -> Figure:
 
 
 def main(config: Config) -> dict:
+    os.chdir(ROOT)
     began, arms, rows, commands = time.time(), SWEEPS[config.name], {}, {}
     for arm, flags in arms.items():
         for seed in config.seeds:
