@@ -5,6 +5,9 @@ A critic is held against the Monte-Carlo returns of the data, the weights agains
 range. What this file does not do: change anything that is learned.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -61,61 +64,101 @@ def level_quantities(d, token_norm: str) -> dict[str, Tensor]:
 
 
 # --- alarms -----------------------------------------------------------------------------------------------
-def _late(series: list[float], share: float = 0.1) -> float:
-    """Mean of the last tenth, at least of five."""
-    tail = series[-max(5, int(len(series) * share)) :]
-    return sum(tail) / len(tail)
+def _late(x: Tensor) -> Tensor:
+    """Mean of the last tenth, at least of five. x (S,): the values that were logged, in order."""
+    return x[-max(5, len(x) // 10) :].mean()
 
 
-# quantity -> (has it collapsed? of its series, what that means and what to do)
+def _rise(x: Tensor) -> Tensor:
+    """How far the last tenth lies above the first, beyond chance: less three standard errors. (S,) -> scalar.
+
+    A batch holds few decisions of a level, so a number that is only noisy must not look like a trend.
+    """
+    size = max(5, len(x) // 10)
+    first, last = x[:size], x[-size:]
+    return last.mean() - first.mean() - 3 * ((first.var() + last.var()) / size).sqrt()
+
+
+def _grows(x: Tensor) -> bool:
+    """The last quarter is over three times the second; medians, since a rare reward makes a large error."""
+    quarter = len(x) // 4
+    return x[-quarter:].median() > 3 * x[quarter : 2 * quarter].median().clamp_min(0.05)
+
+
+def _below_zero(x: Tensor) -> bool:
+    """The later half is under -0.2 and three standard errors below 0, the last tenth under -0.2 too."""
+    half = x[len(x) // 2 :]
+    return half.mean() < min(-0.2, -3 * half.std() / len(half) ** 0.5) and _late(x) < -0.2
+
+
+class Alarm(NamedTuple):
+    """When a quantity of a level has collapsed, and what to do."""
+
+    least: int  # values that it takes to tell
+    collapsed: Callable[[Tensor], bool]  # of the values that were logged, in order (S,)
+    advice: str
+
+
 ALARMS = {
-    "ess_share": (
+    "ess_share": Alarm(
+        5,
         lambda x: _late(x) < 0.1,
-        "under a tenth of the decisions carries the step: raise --rl.temperature, look at the critics",
+        "under a tenth of the decisions carries the step: raise --rl.temperature or lower --rl.max-weight; "
+        "with another --rl.actor than awr look at Q",
     ),
-    "weight_max": (
+    "weight_max": Alarm(
+        5,
         lambda x: _late(x) > 1e3,
-        "single weights are above 1,000: lower --rl.max-weight",
+        "single weights are above 1,000: lower --rl.max-weight (the papers' code: 20)",
     ),
-    "value_mean": (
-        lambda x: abs(_late(x)) > 5,
-        "V is far outside of the returns (-2 to 1): the bootstrap diverges; lower --rl.critic-lr",
+    "value_mean": Alarm(
+        5,
+        lambda x: _late(x) > 2 or _late(x) < -10,
+        "V is far outside of the returns (at most 1): the bootstrap diverges; lower --rl.critic-lr or "
+        "--rl.polyak",
     ),
-    "q_loss": (
-        lambda x: len(x) >= 20 and _late(x) > 3 * max(_late(x[: len(x) // 2]), 1e-3),
+    "q_loss": Alarm(
+        40,
+        _grows,
         "the TD error of Q grows: the bootstrap diverges; lower --rl.critic-lr or --rl.polyak",
     ),
-    "mc_rank_corr": (
-        lambda x: len(x) >= 20 and _late(x) < -0.2,
-        "Q orders the decisions against their Monte-Carlo returns: the weights favour the worse ones",
+    "mc_rank_corr": Alarm(
+        60,
+        _below_zero,
+        "Q orders the decisions against their Monte-Carlo returns, so the weights favour the worse ones: "
+        "train the critics longer (--warmup-steps) or faster (--rl.critic-lr)",
     ),
-    "logp_expert": (
-        lambda x: len(x) >= 10 and _late(x) < _late(x[:5]) - 0.5,
-        "the policy forgets the experts (log-prob per token fell by over 0.5): lower --rl.actor-lr",
+    "logp_expert": Alarm(
+        20,
+        lambda x: _rise(-x) > 0.5,
+        "the policy forgets the experts (log-prob per token fell by over 0.5): lower --rl.actor-lr, or raise "
+        "--expert-share; with --rl.actor signed_advantage this is how it ends",
     ),
-    "kl_sft": (
-        lambda x: _late(x) > 10,
-        "the policy is over 10 nats per answer from the one that played the rollouts: lower --rl.actor-lr",
-    ),
-    "parse_failure_rate": (
-        lambda x: _late(x) > 0.2,
-        "one answer in five is not '<action>; True|False': too little SFT, or answers are cut",
+    "kl_sft": Alarm(
+        20,
+        lambda x: _rise(x) > 10,
+        "the policy has moved over 10 nats per answer from the one that played the rollouts: lower "
+        "--rl.actor-lr; with --rl.actor signed_advantage this is how it ends",
     ),
 }
 
 
-def alarms(metrics: dict[str, list[float]]) -> list[str]:
-    """{"level/quantity": values in order of steps, at least five} -> what has collapsed, in plain words."""
-    found = []
+def alarms(metrics: dict[str, list[float]]) -> dict[str, str]:
+    """{"level/quantity": values in order of steps} -> {"level/quantity": what has collapsed, in plain words}.
+
+    A series that is too short to tell is silent.
+    """
+    found = {}
     for name, series in metrics.items():
         level, _, quantity = name.rpartition("/")
-        if quantity in ALARMS and len(series) >= 5 and ALARMS[quantity][0](series):
-            found.append(f"{level} {quantity} {_late(series):.3g}: {ALARMS[quantity][1]}")
+        alarm, x = ALARMS.get(quantity), torch.tensor(series, dtype=torch.float64)
+        if alarm and len(x) >= alarm.least and alarm.collapsed(x):
+            found[name] = f"{level} {quantity} {_late(x):.3g}: {alarm.advice}"
     return found
 
 
 class Watch:
-    """Collects the metrics of a run and returns each alarm once."""
+    """Collects the metrics of a run and returns each alarm once, by level."""
 
     def __init__(self, every: int = 20):
         self.every, self.series, self.steps, self.seen = every, {}, 0, set()
@@ -125,8 +168,30 @@ class Watch:
         for name, value in metrics.items():
             self.series.setdefault(name, []).append(value)
         self.steps += 1
-        found = [] if self.steps % self.every else alarms(self.series)
-        new = {" ".join(alarm.split()[:2]): alarm for alarm in found}  # by level and quantity
-        fresh = [alarm for name, alarm in new.items() if name not in self.seen]
-        self.seen |= set(new)
-        return fresh
+        found = {} if self.steps % self.every else alarms(self.series)
+        new = [text for name, text in found.items() if name not in self.seen]
+        self.seen |= set(found)
+        return new
+
+
+def result_alarms(result: dict) -> list[str]:
+    """What went wrong while an agent played, in plain words; result: one of eval.py."""
+    found, unparsed, subtasks = [], result["parse_failure_rate"], result.get("subtasks") or {"count": 0}
+    if unparsed > 0.2:
+        found.append(
+            f"{unparsed:.0%} of the executor's answers are not '<action>; True|False': "
+            "too little SFT, or they are cut"
+        )
+    if not subtasks["count"]:  # an agent without subtasks, or a result from before they were counted
+        return found
+    capped, precision = subtasks["ended_by"]["cap"] / subtasks["count"], subtasks["precision"]
+    if capped > 0.5 and subtasks["ends"] != "cap":
+        found.append(
+            f"{capped:.0%} of the subtasks end at the cap on actions: "
+            "the executor is stuck, or never says that it is done"
+        )
+    if (
+        precision is not None and precision < 0.5 and subtasks["ends"] != "episode"
+    ):  # flat: claims end nothing
+        found.append(f"the judge confirms only {precision:.0%} of the claims: the executor claims too early")
+    return found

@@ -1,9 +1,10 @@
-"""Script: a folder of runs -> report.html, one self-contained page: result table, curves, episodes to read.
+"""Script: a folder of runs -> report.html, one self-contained page: result tables, curves, episodes to read.
 
     python plot.py --run out/demo
 
-Reads <run>/results/*.json and, where they exist, <run>/episodes/*.jsonl (of eval.py) and <run>/*/metrics.csv.
-Frame, style and script of the page are in plot.html. What this file does not do: compute a score (scores.py).
+Reads <run>/results/*.json and, where they exist, <run>/episodes/*.jsonl (of eval.py) and the metrics.csv and
+config.json of training runs one or two folders down. Frame, style and script of the page are in plot.html.
+What this file does not do: compute a score (scores.py), or say what has collapsed (diagnostics.py).
 """
 
 import csv
@@ -11,6 +12,7 @@ import io
 import json
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -21,6 +23,7 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
+from diagnostics import QUANTILES, alarms, result_alarms
 from run import fail
 from viewer import viewer
 
@@ -39,14 +42,24 @@ CHARTS = {  # quantity -> what to look for; also the order of the charts. docs/m
     "loss": "mean negative log-likelihood per answer token: falls, then flattens",
     "v_loss": "expectile loss of V: small and flat once the critics are warm",
     "q_loss": "squared TD error of Q: falls, never drifts up",
+    "cql_loss": "alpha times Q of the policy's own answers above that of the data: falls, then flattens",
     "value_mean": "mean V: within the range of returns",
     "q_mean": "mean Q of the data's answers: close to V",
+    "mc_bias": "Q minus the return that followed: near 0, above it when the expectile is above 0.5",
+    "mc_rank_corr": "rank correlation of Q with the return that followed: above 0",
+    "advantage": "Q - V: median, middle half and middle 90%; a thin line: the critics see no difference",
     "advantage_mean": "mean of Q - V: around zero, below it when the expectile is above 0.5",
-    "weight_mean": "mean weight exp(A / temperature): near 1",
+    "weight": "weight of a decision in the actor loss: median, middle half and middle 90%",
+    "weight_mean": "mean weight, exp(A / temperature) with awr: near 1",
     "weight_max": "largest weight of a batch: seldom at its ceiling",
+    "ess_share": "share of the decisions that carries the step: above a half; 1 is behaviour cloning",
     "ess": "effective number of decisions behind a step: close to the level's count",
     "actor_loss": "weighted negative log-likelihood of whole answers",
+    "pg_loss": "policy gradient of TD3+BC: its level says little, its trend is Q's",
     "logp_mean": "log-probability per answer token of the data",
+    "logp_expert": "the same, of the experts' answers: rises or stays",
+    "logp_rollout": "the same, of the rollouts' answers: may fall, slowly",
+    "kl_sft": "nats per answer from the policy that played the rollouts: 0 at first, then small",
     "grad_norm": "gradient norm before clipping: finite, no lasting spikes",
     "lr": "learning rate",
 }
@@ -57,6 +70,7 @@ COLOURS = {
     "actor": "#7a3fa0",
     "critic": "#5c6670",
 }
+MANY = 4  # more training runs than that fold their curves away
 CHART_STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "nanohrl", "font.family": "sans-serif", "font.size": 8,
     "axes.grid": True, "grid.color": "#eceef1", "axes.spines.top": False, "axes.spines.right": False,
@@ -111,14 +125,8 @@ HEADER = ["agent", "score", "95% interval", "success", "episodes", "tokens/step"
 def cells(r: dict) -> list[str]:
     """One row of the result table, in the order of HEADER."""
     interval, score = "[{:.1f}, {:.1f}]".format(*r["ci95"]), f"{r['macro_mean']:.1f}"
-    return [
-        r["agent"],
-        score,
-        interval,
-        f"{r['success_rate']:.1%}",
-        f"{r['episodes']}",
-        f"{r['tokens_per_step']:.0f}",
-    ]
+    success, tokens = f"{r['success_rate']:.1%}", f"{r['tokens_per_step']:.0f}"
+    return [r["agent"], score, interval, success, f"{r['episodes']}", tokens]
 
 
 def by_panel(results: list[dict]) -> dict[str, list[dict]]:
@@ -160,6 +168,34 @@ def type_table(group: list[dict]) -> str:
     return html_table(["task type", "episodes", *(r["agent"] for r in group)], rows)
 
 
+def subtask_table(group: list[dict]) -> str:
+    """How subtasks end, and how far claims and judge agree (completion.summary), where results say it."""
+    ends, words, rows = ("claim", "judge", "cap", "limit", "world"), ("agreement", "precision", "recall"), []
+    for r in group:
+        if (s := r.get("subtasks")) and s["count"]:
+            shares = [s["ended_by"][how] / s["count"] for how in ends] + [s[word] for word in words]
+            shares = ["–" if share is None else f"{share:.0%}" for share in shares]
+            rows.append([escape(r["agent"]), f"{s['count']}", f"{s['mean_length']:.1f}", *shares])
+    note = "what ended them; agreement of claims and judge, action by action; precision, recall of claims"
+    table = html_table(["agent", "subtasks", "mean length", *ends, *words], rows)
+    return f"<h3>How subtasks end <small>{note}</small></h3>{table}" if rows else ""
+
+
+def token_table(group: list[dict]) -> str:
+    """Prompt and answer tokens per decision by role, and the share of answers that could not be parsed."""
+    roles, rows = ("planner", "executor", "progress"), []
+    for r in group:
+        counts = [r["tokens_per_decision"].get(role) for role in roles]
+        cost = [f"{c['prompt']:.0f} + {c['completion']:.0f}" if c else "–" for c in counts]
+        rows.append([escape(r["agent"]), *cost, f"{r['parse_failure_rate']:.1%}"])
+    title = "<h3>Tokens per decision <small>prompt + answer; answers of the executor not parsed</small></h3>"
+    return title + html_table(["agent", *roles, "not parsed"], rows)
+
+
+def alarm_list(found: Iterable[str]) -> str:
+    return "".join(f'<p class="alarm">{escape(text)}</p>' for text in found)
+
+
 # --- figures ----------------------------------------------------------------------------------------------
 def score_figure(group: list[dict]) -> str:
     """Scores as bars with intervals; lengths are in percent, so that the text keeps its size on a phone."""
@@ -186,17 +222,31 @@ def score_figure(group: list[dict]) -> str:
     return f'<svg class="scores" width="100%" height="{bottom + 22}" role="img">{"".join(parts)}</svg>'
 
 
-def chart(levels: dict[str, list[tuple[int, float]]]) -> str:
-    """A small line chart as inline SVG: a line per level, thin as logged and bold as a running mean."""
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Running mean: (S,) -> (S - window + 1,)."""
+    return np.convolve(values, np.ones(window) / window, "valid")
+
+
+def chart(levels: dict[str, np.ndarray]) -> str:
+    """A small chart as inline SVG. levels: name -> (S, 1 + K), columns step and K values.
+
+    K = 1: a line per level, thin as logged and bold as a running mean. K = 5, the QUANTILES: running means of
+    the median as a line, of the middle half as a dark band, and of the middle 90% as a light one.
+    """
     with matplotlib.rc_context(CHART_STYLE):
         figure = Figure(figsize=(3.7, 2.2), layout="constrained")
         axes = figure.add_subplot()
         for level, points in levels.items():
-            steps, values = np.array(points, dtype=float).T  # (number of logged steps,) each
-            colour, window = COLOURS.get(level, "#1d5fbf"), max(1, len(values) // 20)
-            mean = np.convolve(values, np.ones(window) / window, "valid")
-            axes.plot(steps, values, color=colour, lw=0.6, alpha=0.35)
-            axes.plot(steps[window // 2 :][: len(mean)], mean, color=colour, lw=1.6, label=level)
+            (steps, *columns), colour = points.T, COLOURS.get(level, "#1d5fbf")
+            window = max(1, len(steps) // 20)
+            means = [smooth(values, window) for values in columns]
+            at = steps[window // 2 :][: len(means[0])]
+            if len(means) == 1:
+                axes.plot(steps, columns[0], color=colour, lw=0.6, alpha=0.35)
+            else:
+                axes.fill_between(at, means[0], means[4], color=colour, alpha=0.12, lw=0)
+                axes.fill_between(at, means[1], means[3], color=colour, alpha=0.25, lw=0)
+            axes.plot(at, means[len(means) // 2], color=colour, lw=1.6, label=level)
         if len(levels) > 1:
             figure.legend(loc="outside upper center", ncols=len(levels), frameon=False, handlelength=1.2)
         text = io.StringIO()
@@ -207,27 +257,47 @@ def chart(levels: dict[str, list[tuple[int, float]]]) -> str:
     return re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)  # names that look like links; HTML does without them
 
 
-def curves(path: Path) -> str:
-    series, order, figures = read_metrics(path), list(CHARTS), []
-    for name in sorted(series, key=lambda n: (order.index(n) if n in order else len(order), n)):
+def drawn(series: dict) -> dict[str, dict[str, np.ndarray]]:
+    """read_metrics's series -> {name of the chart: levels}; five quantiles of a level are one chart."""
+    charts = defaultdict(dict)
+    for name, levels in series.items():
+        stem, _, tail = name.rpartition("_p")
+        parts = [series.get(f"{stem}_p{p:02d}", {}) for p in QUANTILES]
+        for level, points in levels.items():
+            if tail.isdigit() and all(level in part for part in parts):
+                columns = [dict(part[level]) for part in parts]
+                steps = sorted(set.intersection(*map(set, columns)))  # the last step may be torn
+                charts[stem][level] = np.array([[t, *(c[t] for c in columns)] for t in steps], dtype=float)
+            else:
+                charts[name][level] = np.array(points, dtype=float)
+    return charts
+
+
+def curves(path: Path, folder: Path, fold: bool) -> str:
+    """The alarms and charts of one training run; fold: the charts open on a click."""
+    series, order = read_metrics(path), list(CHARTS)
+    logged = {f"{level}/{q}": [v for _, v in points] for q in series for level, points in series[q].items()}
+    charts, figures = drawn(series), []
+    for name in sorted(charts, key=lambda n: (order.index(n) if n in order else len(order), n)):
         caption = f"<b>{escape(name)}</b> {escape(CHARTS.get(name, ''))}"
-        figures.append(f"<figure><figcaption>{caption}</figcaption>{chart(series[name])}</figure>")
-    return f'<h3>{escape(path.parent.name)}</h3><div class="charts">{"".join(figures)}</div>'
+        figures.append(f"<figure><figcaption>{caption}</figcaption>{chart(charts[name])}</figure>")
+    body = f'<div class="charts">{"".join(figures)}</div>'
+    if fold:
+        body = f"<details><summary>{len(figures)} curves</summary>{body}</details>"
+    found = alarm_list(alarms(logged).values()) or '<p class="soft">no alarms</p>'
+    return f"<h3>{escape(path.parent.relative_to(folder).as_posix())}</h3>{found}{body}"
 
 
 # --- the page ---------------------------------------------------------------------------------------------
 def provenance(folder: Path, results: list[dict]) -> str:
     entries = []
     for r in results:
-        pairs = r["tokens_per_decision"].items()
-        tokens = ", ".join(f"{role} {t['prompt']:.0f} + {t['completion']:.0f}" for role, t in pairs) or "none"
-        cost = f"tokens per decision: {tokens}; answers not parsed: {r['parse_failure_rate']:.1%}"
-        facts = f"checkpoint {r['checkpoint'] or 'none'}, seeds {r['seeds']}, {r['minutes']} minutes; {cost}"
+        facts = f"checkpoint {r['checkpoint'] or 'none'}, seeds {r['seeds']}, {r['minutes']} minutes"
         entries.append((r["agent"], r, facts))
-    for path in sorted(folder.glob("*/config.json")):
-        record = json.loads(path.read_text())
+    for path in sorted([*folder.glob("*/config.json"), *folder.glob("*/*/config.json")]):
+        record, name = json.loads(path.read_text()), path.parent.relative_to(folder).as_posix()
         facts = f"seed {record.get('seed')}"
-        entries.append((f"{path.parent.name} (training)", record.get("provenance", {}), facts))
+        entries.append((f"{name} (training)", record.get("provenance", {}), facts))
     return "".join(
         f"<p><b>{escape(name)}</b> <code>{escape(r.get('command', ''))}</code><br>"
         f"commit {escape(r.get('commit', ''))}; {escape(r.get('hardware', ''))}; {escape(facts)}</p>"
@@ -245,13 +315,17 @@ def page(config: Config) -> str:
     for name, group in by_panel(results).items():
         rows = [[escape(cell) for cell in cells(r)] for r in group]
         tables.append(f"<h2>Results: {escape(name)}</h2>{html_table(HEADER, rows)}{score_figure(group)}")
+        tables.append(alarm_list(f"{r['agent']}: {text}" for r in group for text in result_alarms(r)))
         tables.append(f"<h3>By task type <small>mean score, share solved</small></h3>{type_table(group)}")
-    runs = sorted(config.run.glob("*/metrics.csv"), key=lambda path: (path.stat().st_mtime, path))
+        tables.append(subtask_table(group) + token_table(group))
+    runs = [*config.run.glob("*/metrics.csv"), *config.run.glob("*/*/metrics.csv")]
+    runs.sort(key=lambda path: (path.stat().st_mtime, path))
+    training = "".join(curves(path, config.run, fold=len(runs) > MANY) for path in runs)
     options, articles = viewer(config.run / "episodes", results, config.episodes)
     return Template((Path(__file__).parent / "plot.html").read_text()).substitute(
         title=escape(f"nanoHRL: {config.run.resolve().name}"),
         results="".join(tables),
-        training="".join(map(curves, runs)) or "<p>No metrics.csv below this folder.</p>",
+        training=training or "<p>No metrics.csv below this folder.</p>",
         options=options,
         articles=articles,
         provenance=provenance(config.run, results),

@@ -21,8 +21,9 @@ from critic import Critics, save_critics
 from data import Credit, Transition, read_episodes, set_returns, transitions
 from diagnostics import Watch
 from hierarchy import MAX_NEW_TOKENS, episode_seed
-from learner import PRESETS, Learner, RLConfig
+from learner import Learner
 from model import Policy, Request, hidden_states, lm_of, load_policy, save_policy, trainable_state
+from readings import PRESETS, RLConfig
 from run import Run, fail, pick_device
 
 

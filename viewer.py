@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 
 import prompts
+from completion import ended_by
 from data import Episode, Segment, read_episodes
 
 
@@ -24,15 +25,18 @@ def tag(text: str, kind: str = "") -> str:
     return f' <span class="tag {kind}">{escape(text)}</span>'
 
 
-def ending(episode: Episode, segment: Segment) -> str:
-    """How a subtask ended, and whether the judge agreed."""
-    last = episode.turns[segment.end - 1]
-    how = tag("claimed done") if last.claimed_done else tag("cut: cap or judge")
-    if last.terminated:
-        how = tag("world: solved", "good") if episode.success else tag("world: ended", "bad")
-    elif last.truncated:
-        how = tag("step limit", "bad")
-    return how + (tag("verified", "good") if last.verified_done else tag("not verified"))
+ENDINGS = {"claim": "claimed done", "judge": "judged done", "cap": "cap on actions", "limit": "step limit"}
+
+
+def ending(episode: Episode, segment: Segment, ends: str = "claim") -> str:
+    """How a subtask ended, given what could end it (hierarchy.Ends), and whether the judge agreed."""
+    how = ended_by(episode, segment, ends)
+    if how == "world":
+        text = tag("world: solved", "good") if episode.success else tag("world: ended", "bad")
+    else:
+        text = tag(ENDINGS[how], "bad" if how == "limit" else "")
+    verified = episode.turns[segment.end - 1].verified_done
+    return text + (tag("verified", "good") if verified else tag("not verified"))
 
 
 def turn_item(episode: Episode, t: int) -> str:
@@ -46,20 +50,20 @@ def turn_item(episode: Episode, t: int) -> str:
     return f"<li>{progress}<code>{escape(turn.action)}</code>{tags}<div>{escape(feedback)}</div>"
 
 
-def segment_card(episode: Episode, index: int, segment: Segment) -> str:
+def segment_card(episode: Episode, index: int, segment: Segment, ends: str) -> str:
     seen = escape(prompts.render(episode.turns[segment.start].obs))
     items = "".join(turn_item(episode, t) for t in range(segment.start, segment.end))
     return f"""<section class="card">
-<h4><small>subtask {index}</small> {escape(segment.subtask)}{ending(episode, segment)}</h4>
+<h4><small>subtask {index}</small> {escape(segment.subtask)}{ending(episode, segment, ends)}</h4>
 <details><summary>what the planner saw</summary>{seen}</details>
 <ol start="{segment.start + 1}">{items}</ol>
 <p class="handed"><small>final progress</small> {escape(segment.final_progress)}</p>
 </section>"""
 
 
-def article(e: Episode, agent: str, links: list[str]) -> str:
+def article(e: Episode, agent: str, links: list[str], ends: str = "claim") -> str:
     """One episode; `links` lead to the same episode played by other agents."""
-    cards = [segment_card(e, i, s) for i, s in enumerate(e.segments, start=1)]
+    cards = [segment_card(e, i, s, ends) for i, s in enumerate(e.segments, start=1)]
     if not cards:  # an agent without a planner
         cards = ['<ol class="card">', *(turn_item(e, t) for t in range(len(e.turns))), "</ol>"]
     facts = f"{'solved' if e.success else 'not solved'}, {len(e.turns)} steps, {len(e.segments)} subtasks"
@@ -73,6 +77,7 @@ def article(e: Episode, agent: str, links: list[str]) -> str:
 def viewer(folder: Path, results: list[dict], count: int) -> tuple[str, str]:
     """Options of the select box by agent, and an article per episode; the last agent is shown first."""
     names = {r["file"]: r["agent"] for r in results}  # in the order of the result table
+    ends = {r["agent"]: r.get("subtasks", {}).get("ends", "claim") for r in results}
     files = [stem for stem in names if (folder / f"{stem}.jsonl").exists()]
     files += sorted(path.stem for path in folder.glob("*.jsonl") if path.stem not in names)
     shown = []  # (key, agent, episode)
@@ -90,5 +95,7 @@ def viewer(folder: Path, results: list[dict], count: int) -> tuple[str, str]:
     for key, agent, e in shown:
         links = [link for other, link in same[e.task, e.variation] if other != key]
         hidden = "" if key == start else " hidden"
-        articles.append(f'<article id="{key}"{hidden}>{article(e, agent, links)}</article>')
+        articles.append(
+            f'<article id="{key}"{hidden}>{article(e, agent, links, ends.get(agent, "claim"))}</article>'
+        )
     return "".join(groups) or "<option>no episodes in this folder</option>", "".join(articles)

@@ -4,9 +4,13 @@ import copy
 
 import pytest
 
-from annotate import MAX_ACTIONS, annotate, judge, progress_text, split
-from data import Episode, Turn
+from annotate import MAX_ACTIONS, annotate, flat, judge, progress_text, split
+from data import Decision, Episode, Turn, transitions
+from envs import StepResult
+from hierarchy import rollout
 from labels import check, leaks
+from model import Answer
+from prompts import NO_PROGRESS, compact, executor_answer
 
 HALLWAY = (
     "This room is called the hallway. In it, you see: \n\tthe agent\nYou also see:\n\tA door to the kitchen"
@@ -179,6 +183,88 @@ def test_books_lose_their_titles_and_a_refused_link_ends_the_connecting():
     assert [name for name, _, _ in groups] == names
     assert groups[-1][1:] == (3, 5)
     assert judge(names[0], observations[1]) and judge(names[3], observations[5])
+
+
+# --- an episode without subtasks --------------------------------------------------------------------------
+def test_flat_is_one_subtask_the_task_itself():
+    for episode in (annotate(small_episode()), small_episode()):
+        before = copy.deepcopy(episode)
+        new = flat(episode)
+        assert episode == before, "the input must not change"
+        task = "Your task is to find a pot"
+        assert [(s.subtask, s.start, s.end) for s in new.segments] == [(task, 0, 6)]
+        assert {t.subtask for t in new.turns} == {task} == {compact(episode.description)}
+        assert [t.claimed_done for t in new.turns] == [False] * 5 + [True]
+        assert [t.action for t in new.turns] == [t.action for t in episode.turns]
+        progress = NO_PROGRESS  # goes on over what were subtasks
+        for i, turn in enumerate(new.turns):
+            assert turn.progress == progress
+            progress = progress_text(task, progress, turn.action, compact(new.obs_after(i).split("\n\n")[0]))
+        assert new.segments[0].final_progress == progress == "got the metal pot."
+
+
+def test_flat_again_is_the_same_and_keeps_what_a_flat_agent_sampled_and_wrote():
+    once = flat(annotate(small_episode()))
+    assert flat(once) == once
+    once.decisions = [Decision("executor", 0, [5, 2], [-1.0, -1.0])]
+    once.turns[1].progress = "its own words"
+    assert flat(once).decisions == once.decisions and flat(once).turns[1].progress == "its own words"
+
+
+def test_flat_forgets_what_was_sampled_for_other_prompts():
+    episode = annotate(small_episode())
+    episode.decisions = [Decision("planner", 0, [5, 2], [-1.0, -1.0])]
+    assert flat(episode).decisions == [] and len(episode.decisions) == 1
+
+
+class Replay:
+    """A world that shows the observations of an episode, whatever is done."""
+
+    size = 1
+
+    def __init__(self, episode: Episode):
+        self.episode, self.t = episode, 0
+
+    def call(self, requests: dict) -> dict:
+        episode, (request,) = self.episode, requests.values() or [None]
+        if request is None:
+            return {}
+        self.t += request[0] == "step"
+        over, after = self.t == len(episode.turns), [*(t.obs for t in episode.turns), episode.final_obs]
+        return {0: StepResult(after[self.t], episode.description, 0.0, 0.0, over, False, over)}
+
+
+class Expert:
+    """Plays the actions of an episode and writes progress by the rules, from its prompt alone."""
+
+    def __init__(self, episode: Episode):
+        self.episode, self.asked, self.actions = episode, [], 0
+
+    def answer(self, requests: list) -> list[Answer]:
+        self.asked += requests
+        return [Answer(self.say(r), [2], [0.0], 1) for r in requests]
+
+    def say(self, request) -> str:
+        if request.role == "progress":
+            lines = [line.partition(": ")[2] for line in request.prompt.splitlines()[1:5]]
+            return f" {progress_text(*lines)}"
+        self.actions += 1
+        action = self.episode.turns[self.actions - 1].action
+        return executor_answer(action, self.actions == len(self.episode.turns))
+
+
+@pytest.mark.parametrize("history", ["progress", "full", "window"])
+def test_flat_gives_training_the_prompts_and_answers_of_a_flat_agent_at_play(history, gold):
+    for raw in [small_episode(), *list(gold.values())[::5]]:
+        raw = annotate(raw)  # drops what follows the end
+        expert = Expert(raw)
+        pool, panel = Replay(raw), [(raw.task, raw.variation)]
+        (played,) = rollout(pool, panel, expert, judge, history=history, ends="episode", max_actions=2)
+        items = transitions(flat(raw), history, flat=True)
+        assert [(t.level, t.prompt) for t in items] == [(r.role, r.prompt) for r in expert.asked]
+        assert len(items) == (2 if history == "progress" else 1) * len(raw.turns) - (history == "progress")
+        told = [(t.level, t.completion, t.next_prompt) for t in transitions(played, history, flat=True)]
+        assert [(t.level, t.completion, t.next_prompt) for t in items] == told
 
 
 # --- progress ---------------------------------------------------------------------------------------------

@@ -9,10 +9,10 @@ from critic import (
     Critics,
     awr_weight,
     bootstrap_discount,
+    conservative_loss,
     effective_sample_size,
     expectile_loss,
     load_critics,
-    masked_mean,
     save_critics,
     td_loss,
     td_target,
@@ -26,17 +26,6 @@ def tensor(*values):
 
 
 # --- losses, targets, weights -----------------------------------------------------------------------------
-def test_masked_mean_ignores_padding():
-    values = tensor(1.0, 3.0, math.nan, -math.inf).requires_grad_()
-    mask = tensor(True, True, False, False)
-    mean = masked_mean(values, mask)
-    assert mean.item() == 2.0
-    mean.backward()
-    assert values.grad.tolist() == [0.5, 0.5, 0.0, 0.0]
-    assert masked_mean(values, mask, count=8).item() == 0.5  # a micro-batch of a batch of 8
-    assert masked_mean(values, torch.zeros_like(mask)).item() == 0.0
-
-
 def test_expectile_by_hand():  # u = -1 and 2, so (0.3 * 1 + 0.7 * 4) / 2
     diff = tensor(-1.0, 2.0)
     assert expectile_loss(diff, 0.7).item() == pytest.approx(1.55)
@@ -115,6 +104,21 @@ def test_effective_sample_size_by_hand():
     assert effective_sample_size(torch.full((7,), 0.3)).item() == pytest.approx(7.0)
     assert effective_sample_size(tensor(5.0, 0.0, 0.0)).item() == pytest.approx(1.0)
     assert effective_sample_size(tensor(1.0, 3.0)).item() == pytest.approx(16 / 10)
+
+
+def test_effective_sample_size_of_signed_weights_counts_their_sizes():
+    assert effective_sample_size(tensor(1.0, -3.0)).item() == pytest.approx(16 / 10)
+    assert effective_sample_size(tensor(2.0, -2.0)).item() == pytest.approx(2.0)  # the sum is 0, the size not
+    assert effective_sample_size(tensor(0.0, 0.0)).item() == 0.0
+
+
+def test_conservative_loss_by_hand_pushes_policy_answers_down_and_data_answers_up():
+    policy_q, data_q = tensor(3.0, 1.0).requires_grad_(), tensor(2.0, 4.0).requires_grad_()
+    loss = conservative_loss(policy_q, data_q)
+    assert loss.item() == ((3 - 2) + (1 - 4)) / 2
+    assert conservative_loss(policy_q, data_q, count=4).item() == -0.5
+    loss.backward()
+    assert policy_q.grad.tolist() == [0.5, 0.5] and data_q.grad.tolist() == [-0.5, -0.5]
 
 
 def test_chain_converges_to_dynamic_programming():

@@ -15,12 +15,14 @@ from transformers import PreTrainedTokenizerFast
 from batches import Batch, Mixture, collate, encode, micro_batches
 from data import (
     LEVELS,
+    Credit,
     Decision,
     Episode,
     Segment,
     Transition,
     Turn,
     read_episodes,
+    set_returns,
     transitions,
     write_episodes,
 )
@@ -182,11 +184,12 @@ def test_executor_earns_by_verification_and_ends_with_the_subtask_or_the_world()
 
 def test_progress_is_credited_like_its_action_and_absent_after_the_world_ended():
     items = of("progress", WON)
-    assert flags(items) == [(0, False, False), (1, True, False), (0, False, False)]
+    assert flags(items) == [(0, False, False), (1, True, False), (0, True, False)], (
+        "turn 2's is the last update"
+    )
     assert [t.completion for t in items] == [" p1", " final 0", " p3"]
     assert items[1].prompt == progress_prompt("goal 0", "p1", "a1", obs(2))
-    after = progress_prompt("goal 1", "p3", "a3", obs(4))
-    assert [t.next_prompt for t in items] == [items[1].prompt, "", after]
+    assert [t.next_prompt for t in items] == [items[1].prompt, "", ""]
 
 
 def test_a_false_claim_ends_the_option_without_reward():
@@ -250,11 +253,13 @@ def test_an_action_that_is_not_understood_costs_the_penalty_once():
     episode = make_episode([{}, VERIFIED, {}, {"terminated": True}])
     episode.turns[1].obs = "No known action matches that input.\n\nroom 1\n\nbag 1"
     episode.final_obs = "Nothing happens\n\nroom 4\n\nbag 4"
-    rewards = [t.reward for t in of("executor", episode, invalid_penalty=0.25)]
+    quarter, free = Credit(invalid_penalty=0.25), Credit(invalid_penalty=0.0)
+    rewards = [t.reward for t in of("executor", episode, credit=quarter)]
     assert rewards == [-0.25, 1, 0, -0.25]
-    assert [t.reward for t in of("executor", episode)] == [0, 1, 0, 0]
-    assert [t.reward for t in of("progress", episode, invalid_penalty=0.25)] == rewards[:3]
-    assert [t.reward for t in of("planner", episode, invalid_penalty=0.25)] == [0, 0]
+    assert [t.reward for t in of("executor", episode)] == [-1, 1, 0, -1], "STEP-HRL's is 1"
+    assert [t.reward for t in of("executor", episode, credit=free)] == [0, 1, 0, 0]
+    assert [t.reward for t in of("progress", episode, credit=quarter)] == rewards[:3]
+    assert [t.reward for t in of("planner", episode, credit=quarter)] == [0, 0]
 
 
 @pytest.mark.parametrize("history", ["full", "window"])
@@ -273,8 +278,295 @@ def test_an_episode_without_subtasks_is_refused_with_the_fix():
 
 def test_transitions_leave_the_episode_unchanged():
     before = json.dumps(dataclasses.asdict(WON))
-    transitions(WON, "full", 0.5)
+    transitions(WON, "full", Credit(completion="segment", noise=0.5, progress="planner"), flat=True)
     assert json.dumps(dataclasses.asdict(WON)) == before
+
+
+# --- credit: who says that a subtask is complete ------------------------------------------------------------
+# Turn 0 claims, turns 1 and 2 are verified, turn 3 claims; the step limit cuts turn 3.
+SAID = [{"claimed_done": True}, {"verified_done": True}, {"verified_done": True}]
+SAID = make_episode([*SAID, {"claimed_done": True, "truncated": True}])
+
+
+@pytest.mark.parametrize(
+    ("completion", "executor", "progress"),
+    [
+        # A claim before its segment's end (a judge ended it) ends nothing; a false claim at the end does.
+        (
+            "judge",
+            [(0, False, False), (1, True, False), (1, True, False), (0, True, False)],
+            [(0, False, False), (1, True, False), (1, True, False), (0, True, False)],
+        ),
+        # Turn 1 ends its segment without a claim: the subtask goes on elsewhere, and its notes end.
+        (
+            "claim",
+            [(1, True, False), (0, False, True), (0, False, False), (1, True, False)],
+            [(1, True, False), (0, True, False), (0, False, False), (1, True, False)],
+        ),
+        # The last turn of a segment and no other, although a step limit cut turn 3.
+        (
+            "segment",
+            [(0, False, False), (1, True, False), (0, False, False), (1, True, False)],
+            [(0, False, False), (1, True, False), (0, False, False), (1, True, False)],
+        ),
+    ],
+)
+def test_every_reading_of_completion_by_hand(completion, executor, progress):
+    credit = Credit(completion=completion)
+    assert flags(of("executor", SAID, credit=credit)) == executor
+    assert flags(of("progress", SAID, credit=credit)) == progress
+    assert flags(of("planner", SAID, credit=credit)) == [(0, False, False), (0, False, True)]
+    for t in transitions(SAID, credit=credit):
+        assert t.terminated == (t.next_prompt == "") and t.next_level == t.level
+
+
+def test_a_claim_in_the_middle_of_a_segment_goes_on_to_the_next_action():
+    first, second = of("executor", SAID)[:2]
+    assert first.completion == " a0; True" and first.next_prompt == second.prompt
+
+
+def sampled_everywhere(episode):
+    """The episode as a policy's: every decision was sampled, and the executor's texts are kept."""
+    turns = [dataclasses.replace(t, raw_text=f" A{i}; {t.claimed_done}") for i, t in enumerate(episode.turns)]
+    decisions = [Decision("planner", s.start, [7, 2], [-1.0, -1.0]) for s in episode.segments]
+    for level in ("executor", "progress"):
+        decisions += [Decision(level, i, [5 + i, 2], [-1.0, -0.5]) for i in range(len(turns))]
+    return dataclasses.replace(episode, turns=turns, decisions=decisions, source="sft")
+
+
+def test_segment_writes_a_claim_where_the_segment_ends_and_nowhere_else():
+    """STEP-HRL's code. An answer that it changes is no longer what was sampled: no ids, no log-probs."""
+    cut_off = make_episode([{}, {}, {}, {"truncated": True}])  # by the cap, then by the step limit
+    for episode, changed in [(cut_off, [1, 3]), (SAID, [0, 1]), (WON, [3])]:
+        items = of("executor", sampled_everywhere(episode), credit=Credit("segment"))
+        claims = [False, True, False, True]
+        assert [t.completion.endswith("; True") for t in items] == claims
+        assert [t.reward for t in items] == claims
+        for i, t in enumerate(items):
+            if i in changed:
+                assert (t.completion, t.completion_ids) == (f" a{i}; {claims[i]}", [])
+                assert t.behavior_logprobs == []
+            else:
+                assert (t.completion, t.completion_ids) == (f" A{i}; {claims[i]}", [5 + i, 2])
+                assert t.behavior_logprobs == [-1.0, -0.5]
+        others = [t for t in transitions(sampled_everywhere(episode), credit=Credit("segment"))]
+        assert all(t.completion_ids for t in others if t.level != "executor")
+
+
+@pytest.mark.parametrize("completion", ["judge", "claim"])
+def test_the_other_readings_leave_every_answer_as_it_was_sampled(completion):
+    items = of("executor", sampled_everywhere(SAID), credit=Credit(completion))
+    assert [t.completion for t in items] == [" A0; True", " A1; False", " A2; False", " A3; True"]
+    assert [t.completion_ids for t in items] == [[5, 2], [6, 2], [7, 2], [8, 2]]
+
+
+LONG = make_episode([{"verified_done": i % 3 == 0} for i in range(1000)], segments=((0, 500), (500, 1000)))
+
+
+def words(episode, **credit):
+    return [t.reward for t in of("executor", episode, credit=Credit(**credit))]
+
+
+@pytest.mark.parametrize("completion", ["judge", "claim", "segment"])
+def test_noise_turns_round_its_share_of_the_words_the_same_ones_every_time(completion):
+    clean = words(LONG, completion=completion)
+    assert words(LONG, completion=completion, noise=1.0) == [1 - x for x in clean]
+    some = words(LONG, completion=completion, noise=0.3)
+    assert some == words(LONG, completion=completion, noise=0.3)
+    flipped = [a != b for a, b in zip(clean, some, strict=True)]
+    assert sum(flipped) / 1000 == pytest.approx(0.3, abs=0.05)  # standard error 0.0145
+
+
+def test_noise_depends_on_episode_and_turn_and_more_noise_keeps_what_less_turned_round():
+    def flipped(episode, noise):
+        pairs = zip(words(episode), words(episode, noise=noise), strict=True)
+        return {i for i, (a, b) in enumerate(pairs) if a != b}
+
+    assert flipped(LONG, 0.0) == set()
+    assert flipped(LONG, 0.1) < flipped(LONG, 0.3) < flipped(LONG, 1.0) == set(range(1000))
+    other = dataclasses.replace(LONG, source="sft-1")
+    assert flipped(other, 0.3) != flipped(LONG, 0.3)
+
+
+def test_a_word_turned_round_pays_and_ends_like_a_true_one():
+    items = of("executor", WON, credit=Credit(noise=1.0))  # only turn 1 was verified; it also claims
+    assert flags(items) == [(1, True, False), (0, True, False), (1, True, False), (1, True, False)]
+
+
+@pytest.mark.parametrize("noise", [-0.1, 1.1, float("nan")])
+def test_noise_outside_of_0_to_1_is_refused_with_an_example(noise):
+    with pytest.raises(ValueError, match=rf"noise is {noise}, expected a probability, e\.g\. 0\.1"):
+        Credit(noise=noise)
+
+
+# --- credit: what earns the progress policy -----------------------------------------------------------------
+BY_PLANNER = Credit(progress="planner")
+
+
+def test_progress_paid_by_the_planner_earns_nothing_and_hands_over_to_the_planners_value():
+    episode = make_episode([{"reward": 0.1}, VERIFIED, {"reward": 0.2}, {"truncated": True}])
+    items, actions = of("progress", episode, credit=BY_PLANNER), of("executor", episode, credit=BY_PLANNER)
+    assert flags(items) == [(0, False, False)] * 4
+    assert [t.next_level for t in items] == ["progress", "planner", "progress", "planner"]
+    first, second = of("planner", episode)
+    handed = [items[1].prompt, second.prompt, items[3].prompt, planner_prompt(episode, 4, obs(4))]
+    assert [t.next_prompt for t in items] == handed and handed[1] == first.next_prompt
+    assert flags(actions) == flags(of("executor", episode)), "the executor's pay is as before"
+
+
+def test_the_last_progress_of_a_won_episode_is_handed_to_nobody():
+    items = of("progress", WON, credit=BY_PLANNER)
+    assert flags(items) == [(0, False, False), (0, False, False), (0, True, False)]
+    assert [t.next_level for t in items] == ["progress", "planner", "progress"] and items[2].next_prompt == ""
+
+
+def test_progress_paid_by_the_planner_is_not_ended_or_fined_on_the_way():
+    episode = make_episode([{"verified_done": True}, {}, {"claimed_done": True}, {}], segments=((0, 4),))
+    episode.turns[2].obs = "Unknown action\n\nroom 2\n\nbag 2"
+    items = of("progress", episode, credit=BY_PLANNER)
+    assert flags(items) == [(0, False, False)] * 4
+    assert [t.next_prompt for t in items[:3]] == [t.prompt for t in items[1:]]
+    assert flags(of("progress", episode))[:2] == [(1, True, False), (-1, False, False)], "else it is"
+
+
+# --- the flat agent -----------------------------------------------------------------------------------------
+PAID = [{"reward": 0.1}, {"reward": 0.2} | VERIFIED, {"claimed_done": True}]
+FLAT_WON = make_episode([*PAID, {"reward": 0.7, "terminated": True}], segments=((0, 4),))
+FLAT_CUT = make_episode([*PAID, {"claimed_done": True, "truncated": True}], segments=((0, 4),))
+
+
+def test_a_flat_executor_earns_the_rewards_of_the_world_and_ends_with_it():
+    items = of("executor", FLAT_WON, flat=True)
+    assert flags(items) == [(0.1, False, False), (0.2, False, False), (0, False, False), (0.7, True, False)]
+    assert [t.next_prompt for t in items] == [t.prompt for t in items[1:]] + [""]
+    assert of("planner", FLAT_WON, flat=True) == [] and {t.steps for t in items} == {1}
+
+
+def test_a_flat_executor_is_truncated_at_the_step_limit_with_the_prompt_that_would_follow():
+    *others, last = of("executor", FLAT_CUT, flat=True)
+    assert flags([last]) == [(0, False, True)] and not any(t.terminated or t.truncated for t in others)
+    assert last.next_prompt == executor_prompt(FLAT_CUT, 0, 4, "goal 0", "final 0", obs(4))
+    assert "said 4" in last.next_prompt and "final 0" in last.next_prompt
+
+
+def test_a_flat_agents_progress_is_credited_like_its_action_whatever_the_planner_would_pay():
+    expected = [(0.1, False, False), (0.2, False, False), (0, True, False)]  # none after the world ended
+    for credit in (Credit(), BY_PLANNER):
+        items = of("progress", FLAT_WON, flat=True, credit=credit)
+        assert flags(items) == expected and {t.next_level for t in items} == {"progress"}
+        *others, last = of("progress", FLAT_CUT, flat=True, credit=credit)
+        assert flags(others) == [*expected[:2], (0, False, False)] and flags([last]) == [(0, True, False)]
+        assert (last.completion, last.next_prompt) == (" final 0", "")
+
+
+@pytest.mark.parametrize("credit", [Credit("judge"), Credit("claim"), Credit(noise=1.0)], ids=str)
+def test_completion_means_nothing_to_a_flat_agent(credit):
+    for episode in (FLAT_WON, FLAT_CUT):
+        assert transitions(episode, credit=credit, flat=True) == transitions(episode, flat=True)
+
+
+def test_a_flat_agent_pays_for_what_is_not_understood():
+    episode = dataclasses.replace(FLAT_WON, final_obs="Nothing happens\n\nroom 4\n\nbag 4")
+    rewards = [t.reward for t in of("executor", episode, flat=True, credit=Credit(invalid_penalty=0.5))]
+    assert rewards == [0.1, 0.2, 0, pytest.approx(0.2)]
+
+
+@pytest.mark.parametrize(
+    ("episode", "flat"), [(WON, False), (SAID, False), (FLAT_WON, True), (FLAT_CUT, True)]
+)
+@pytest.mark.parametrize("history", ["progress", "full", "window"])
+def test_every_action_is_a_decision_the_last_one_of_the_episode_too(episode, flat, history):
+    items = of("executor", episode, flat=flat, history=history)
+    assert [t.turn for t in items] == [0, 1, 2, 3] and items[-1].completion.startswith(" a3; ")
+
+
+# --- what follows, and Monte-Carlo returns ------------------------------------------------------------------
+def links(items):
+    """{(level, turn): (level, turn) of the decision that follows, or None}."""
+    return {
+        (t.level, t.turn): (t.follows.level, t.follows.turn) if t.follows else None for t in items
+    }  # fmt: skip
+
+
+def test_follows_leads_to_the_next_decision_of_the_level_and_not_across_an_end():
+    assert links(transitions(WON)) == {
+        ("planner", 0): ("planner", 2), ("planner", 2): None,
+        ("executor", 0): ("executor", 1), ("executor", 1): None,  # complete
+        ("executor", 2): ("executor", 3), ("executor", 3): None,  # the world ended
+        ("progress", 0): ("progress", 1), ("progress", 1): None,
+        ("progress", 2): None,  # nobody wrote progress after the world ended
+    }  # fmt: skip
+
+
+def test_follows_is_none_where_a_cap_or_a_limit_cut_the_executor_off():
+    cut = links(transitions(make_episode([{}, {}, {}, {"truncated": True}])))
+    assert cut["executor", 1] is cut["executor", 3] is cut["planner", 2] is None
+    assert cut["planner", 0] == ("planner", 2) and cut["executor", 2] == ("executor", 3)
+
+
+def test_follows_of_a_progress_that_is_handed_over_is_the_planner():
+    cut = make_episode([{}, {}, {}, {"truncated": True}])
+    found = {k: v for k, v in links(transitions(cut, credit=BY_PLANNER)).items() if k[0] == "progress"}
+    assert found == {
+        ("progress", 0): ("progress", 1), ("progress", 1): ("planner", 2),
+        ("progress", 2): ("progress", 3), ("progress", 3): None,
+    }  # fmt: skip
+
+
+def test_follows_of_a_flat_agent_is_one_chain():
+    assert links(t for t in transitions(FLAT_CUT, "full", flat=True)) == {
+        ("executor", i): ("executor", i + 1) if i < 3 else None for i in range(4)
+    }
+
+
+def returns(episode, discount="subtask", gamma=0.5, **options):
+    items = transitions(episode, **options)
+    set_returns(items, gamma, discount)
+    return {
+        level: [pytest.approx(t.mc_return, nan_ok=True) for t in items if t.level == level]
+        for level in LEVELS
+    }
+
+
+NAN = float("nan")
+
+
+def test_returns_by_hand():
+    assert returns(WON) == {"planner": [0.3 + 0.5 * 0.7, 0.7], "executor": [0.5, 1, 0, 0],
+                            "progress": [0.5, 1, 0]}  # fmt: skip
+    assert returns(WON, "smdp")["planner"] == [0.3 + 0.25 * 0.7, 0.7]
+    assert returns(WON, "smdp")["executor"] == [0.5, 1, 0, 0]
+    by_planner = returns(WON, credit=BY_PLANNER)
+    assert by_planner["progress"] == [0.5 * 0.5 * 0.7, 0.5 * 0.7, 0]
+    assert by_planner["planner"] == returns(WON)["planner"]
+    assert returns(FLAT_WON, flat=True) == {
+        "planner": [], "executor": [0.1 + 0.5 * (0.2 + 0.5 * 0.5 * 0.7), 0.2 + 0.25 * 0.7, 0.35, 0.7],
+        "progress": [0.1 + 0.5 * 0.2, 0.2, 0],
+    }  # fmt: skip
+
+
+def test_returns_are_not_known_where_the_data_were_cut_off():
+    cut = make_episode([{}, VERIFIED, {}, {"reward": 0.25, "truncated": True}])
+    assert returns(cut) == {"planner": [NAN, NAN], "executor": [0.5, 1, NAN, NAN],
+                            "progress": [0.5, 1, 0, 0]}  # fmt: skip
+    assert returns(FLAT_CUT, flat=True)["executor"] == [NAN] * 4
+
+
+def test_returns_of_many_episodes_are_those_of_each():
+    def items():
+        return [
+            t
+            for episode in (WON, SAID, dataclasses.replace(SAID, source="sft"))
+            for t in transitions(episode)
+        ]
+
+    together, alone = items(), items()
+    set_returns(together, 0.9, "smdp")
+    for part in (alone[:9], alone[9:19], alone[19:]):
+        assert len({t.episode_id for t in part}) == 1
+        set_returns(part, 0.9, "smdp")
+    assert [repr(t.mc_return) for t in together] == [repr(t.mc_return) for t in alone]
+    assert len({repr(t.mc_return) for t in together}) > 4
 
 
 # --- history modes ------------------------------------------------------------------------------------------
@@ -326,9 +618,9 @@ def make_tokenizer(**special):
 
 
 def item(prompt, completion="", ids=(), next_prompt="", level="executor", **fields):
-    defaults = {"reward": 0.0, "steps": 1, "terminated": next_prompt == "", "truncated": False}
-    return Transition(level, prompt, completion, list(ids), [], **defaults | fields, next_prompt=next_prompt,
-                      source="s", episode_id="e", turn=0)  # fmt: skip
+    defaults = {"behavior_logprobs": [], "reward": 0.0, "steps": 1, "terminated": next_prompt == ""}
+    defaults |= {"truncated": False, "next_level": level, "source": "s", "episode_id": "e", "turn": 0}
+    return Transition(level, prompt, completion, list(ids), next_prompt=next_prompt, **defaults | fields)
 
 
 def test_prompt_has_one_bos_and_the_completion_its_eos():
@@ -384,15 +676,128 @@ def test_collate_without_bos_gives_a_terminated_decision_one_stand_in_token():
     assert batch.next_ids.tolist() == [[2]] and batch.next_index.tolist() == [0]
 
 
-def test_split_gives_the_same_rows_in_order():
-    batch = collate(
-        [item("one two"[: 3 + 4 * (i % 2)], "three", reward=float(i)) for i in range(5)], make_tokenizer()
-    )
+NO_ANSWER = -1
+
+
+def test_collate_appends_the_answer_that_follows_by_hand():
+    sampled, expert = item("two", ids=[9, 9]), item("three", "four")  # cut, so without EOS; and with it
+    items = [
+        item("one", "two", next_prompt="two", follows=sampled),
+        item("one", "two", next_prompt="one two three", follows=expert),
+        item("one", "two", next_prompt="five six"),  # cut off: nothing follows
+        item("one", "two"),  # terminated
+    ]
+    plain, batch = collate(items, make_tokenizer()), collate(items, make_tokenizer(), next_answers=True)
+    assert batch.next_ids.tolist() == [
+        [1, 5, 9, 9, 0, 0], [1, 4, 5, 6, 7, 2], [1, 8, 9, 0, 0, 0], [1, 0, 0, 0, 0, 0]
+    ]  # fmt: skip
+    assert batch.next_mask.sum(1).tolist() == [4, 6, 3, 1]
+    assert batch.next_index.tolist() == plain.next_index.tolist() == [1, 3, 2, 0]
+    assert batch.next_action_index.tolist() == [3, 5, NO_ANSWER, NO_ANSWER]
+    assert plain.next_action_index.tolist() == [NO_ANSWER] * 4
+    assert plain.next_ids.tolist() == [[1, 5, 0, 0], [1, 4, 5, 6], [1, 8, 9, 0], [1, 0, 0, 0]]
+    for field in dataclasses.fields(Batch):
+        if not field.name.startswith("next_"):
+            assert same(getattr(batch, field.name), getattr(plain, field.name)), field.name
+
+
+def same(a, b):
+    return torch.allclose(a.double(), b.double(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_collate_puts_what_the_policy_answers_behind_the_same_prompt_by_hand():
+    items = [item("one two", "three", next_prompt="four"), item("one", "two two two")]
+    answers = {id(items[0]): [9, 9, 2], id(items[1]): [8]}  # the second one was cut
+    for tokenizer in (make_tokenizer(), make_tokenizer(pad_token="<eos>")):
+        plain, batch = collate(items, tokenizer), collate(items, tokenizer, policy_answers=answers)
+        pad = tokenizer.pad_token_id
+        assert batch.policy_ids.tolist() == [[1, 4, 5, 9, 9, 2], [1, 4, 8, pad, pad, pad]]
+        yes, no = True, False
+        assert batch.policy_mask.tolist() == [[no, no, no, yes, yes, yes], [no, no, yes, no, no, no]]
+        assert torch.equal(batch.input_ids, plain.input_ids) and torch.equal(batch.next_ids, plain.next_ids)
+        assert plain.policy_ids.shape == plain.policy_mask.shape == (2, 0)
+        assert (plain.policy_ids.dtype, plain.policy_mask.dtype) == (torch.long, torch.bool)
+
+
+def test_columns_of_who_decided_and_what_came_of_it():
+    items = [
+        item("one", "two", source="expert", mc_return=0.25, next_prompt="two"),
+        item("one", ids=[9, 2], behavior_logprobs=[-1.5, -0.25], level="progress", next_prompt="two",
+             next_level="planner"),
+    ]  # fmt: skip
+    batch = collate(items, make_tokenizer())
+    assert batch.expert.tolist() == [True, False] and batch.expert.dtype == torch.bool
+    assert batch.behavior_logp.isnan().tolist() == [True, False] and batch.behavior_logp[1] == -1.75
+    assert batch.mc_return.isnan().tolist() == [False, True] and batch.mc_return[0] == 0.25
+    assert batch.behavior_logp.dtype == batch.mc_return.dtype == torch.float32
+    assert batch.level.tolist() == [LEVELS.index("executor"), LEVELS.index("progress")]
+    assert batch.next_level.tolist() == [LEVELS.index("executor"), LEVELS.index("planner")]
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["without policy answers", "with policy answers"])
+def test_split_gives_the_same_rows_in_order(asked):
+    items = [item("one two"[: 3 + 4 * (i % 2)], "three", reward=float(i)) for i in range(5)]
+    answers = {id(t): [9] * (1 + i) for i, t in enumerate(items)} if asked else None
+    batch = collate(items, make_tokenizer(), policy_answers=answers)
     parts = batch.split(2)
     assert [len(part.reward) for part in parts] == [2, 2, 1]
+    assert batch.policy_ids.shape[1] == (7 if asked else 0)
     for field in dataclasses.fields(Batch):
         joined = torch.cat([getattr(part, field.name) for part in parts])
-        assert torch.equal(joined, getattr(batch, field.name))
+        assert same(joined, getattr(batch, field.name)), field.name
+
+
+def test_to_moves_every_column_and_changes_none():
+    batch = collate([item("one", "two"), item("one two", "three")], make_tokenizer())
+    moved = batch.to("meta")
+    for field in dataclasses.fields(Batch):
+        before, after = getattr(batch, field.name), getattr(moved, field.name)
+        assert (after.device.type, after.shape, after.dtype) == ("meta", before.shape, before.dtype)
+        assert same(getattr(batch.to("cpu"), field.name), before), field.name
+
+
+TEXT = st.lists(st.sampled_from(list(WORDS)[4:]), max_size=6).map(" ".join)
+IDS = st.lists(st.integers(0, 9), min_size=1, max_size=5)  # padding, BOS and EOS among them
+ITEM = st.builds(
+    lambda prompt, completion, ids, next_prompt, follows, level: item(
+        prompt, completion, ids, next_prompt, level, follows=item("", *follows) if next_prompt else None
+    ),
+    TEXT, TEXT, st.just([]) | IDS, TEXT, st.tuples(TEXT, st.just([]) | IDS), st.sampled_from(LEVELS),
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    items=st.lists(ITEM, min_size=1, max_size=6),
+    bos=st.sampled_from(["<bos>", None]),
+    pad=st.sampled_from(["<pad>", "<eos>", None]),
+    data=st.data(),
+)
+def test_any_ragged_items_read_back_without_padding_as_they_were_encoded(items, bos, pad, data):
+    if bos is None:  # a tokenizer without BOS needs a prompt to read V from
+        items = [t if t.prompt else dataclasses.replace(t, prompt="one") for t in items]
+    tokenizer = make_tokenizer(bos_token=bos, pad_token=pad)
+    answers = {id(t): data.draw(IDS) for t in items}
+    batch = collate(items, tokenizer, next_answers=True, policy_answers=answers)
+    for row, t in enumerate(items):
+        prompt, completion = encode(tokenizer, t.prompt, t.completion, t.completion_ids)
+        ids, mask = batch.input_ids[row], batch.attention_mask[row]
+        assert ids[mask].tolist() == prompt + completion and mask.tolist() == sorted(mask.tolist())[::-1]
+        assert ids[batch.action_mask[row]].tolist() == completion
+        assert batch.action_mask[row].nonzero()[0].item() == len(prompt)
+        assert batch.state_index[row] == len(prompt) - 1
+        assert batch.action_index[row] == len(prompt) + len(completion) - 1
+
+        state = encode(tokenizer, t.next_prompt, "")[0] or [tokenizer.eos_token_id]
+        after = t.follows and encode(tokenizer, "", t.follows.completion, t.follows.completion_ids)[1]
+        assert batch.next_ids[row][batch.next_mask[row]].tolist() == state + (after or [])
+        assert batch.next_index[row] == len(state) - 1
+        assert batch.next_action_index[row] == (len(state + after) - 1 if after else NO_ANSWER)
+
+        now, answer = batch.policy_ids[row], answers[id(t)]
+        assert now[: len(prompt) + len(answer)].tolist() == prompt + answer
+        assert now[batch.policy_mask[row]].tolist() == answer
+        assert batch.policy_mask[row].nonzero()[0].item() == len(prompt)
 
 
 def test_micro_batches_hold_every_decision_once_and_stay_below_the_limit():

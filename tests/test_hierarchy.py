@@ -2,12 +2,15 @@
 
 import dataclasses
 import random
+from typing import get_args
 
 import pytest
 
-from data import read_episodes, transitions, write_episodes
+from completion import ended_by
+from data import Credit, read_episodes, transitions, write_episodes
 from envs import StepResult
-from hierarchy import MAX_NEW_TOKENS, Answer, Counts, episode_seed, rollout
+from hierarchy import MAX_NEW_TOKENS, Answer, Counts, Ends, episode_seed, rollout
+from prompts import compact
 
 
 class FakePool:
@@ -95,6 +98,12 @@ def random_policy():
     return Scripted(**{role: dice(role) for role in MAX_NEW_TOKENS})
 
 
+def coin(subtask, obs):
+    """A judge that confirms about a third, always the same."""
+    return random.Random(subtask + obs).random() < 0.3
+
+
+ENDS = get_args(Ends)
 PANEL = [(task, variation) for task in ("boil", "melt") for variation in range(5)]
 
 
@@ -109,23 +118,82 @@ def spans(episode):
 
 # --- how a subtask ends -------------------------------------------------------------------------------------
 def test_a_subtask_ends_when_the_executor_claims_it_is_done():
-    counts = Counts()
     policy = Scripted(executor=[" a; False", " b; True", " c; False"])
-    (episode,) = play(policy, counts=counts)
+    (episode,) = play(policy)
     assert spans(episode) == [("goal 0", 0, 2, "p2"), ("goal 1", 2, 4, "p3")]
     assert [t.action for t in episode.turns] == ["a", "b", "c", "c"]
     assert [t.claimed_done for t in episode.turns] == [False, True, False, False]
     assert [t.subtask for t in episode.turns] == ["goal 0", "goal 0", "goal 1", "goal 1"]
-    assert counts.capped == 0
 
 
-@pytest.mark.parametrize(("length", "capped"), [(8, 2), (6, 1)])
-def test_a_subtask_ends_at_the_cap_and_the_end_of_the_episode_is_not_counted_as_the_cap(length, capped):
-    counts = Counts()
-    (episode,) = play(pool=FakePool(1, length), max_actions=3, counts=counts)
-    assert [(s.start, s.end) for s in episode.segments] == [(0, 3), (3, 6), (6, 8)][: len(episode.segments)]
-    assert episode.segments[-1].end == length and counts.capped == capped
-    assert not any(t.claimed_done for t in episode.turns)
+@pytest.mark.parametrize(
+    ("length", "capped", "edges"), [(8, 2, [(0, 3), (3, 6), (6, 8)]), (6, 1, [(0, 3), (3, 6)])]
+)
+@pytest.mark.parametrize("ends", ["claim", "judge", "cap"])
+def test_a_subtask_ends_at_the_cap_and_the_end_of_the_episode_is_not_counted_as_the_cap(
+    length, capped, edges, ends
+):
+    (episode,) = play(pool=FakePool(1, length), max_actions=3, ends=ends)
+    assert [(s.start, s.end) for s in episode.segments] == edges
+    how = [ended_by(episode, segment, ends) for segment in episode.segments]
+    assert how == ["cap"] * capped + ["world"]
+    assert not any(t.claimed_done or t.verified_done for t in episode.turns)
+
+
+def claim_second_and_confirm_third(**options):
+    """The executor claims after action 1, the judge confirms after action 2 of five."""
+    asked = []
+
+    def judge(subtask, obs):
+        asked.append(subtask)
+        return len(asked) == 3
+
+    policy = Scripted(executor=[" a; False", " b; True", " c; False"])
+    (episode,) = play(policy, FakePool(1, 5), judge=judge, max_actions=4, **options)
+    assert [t.claimed_done for t in episode.turns] == [False, True, False, False, False]
+    assert [t.verified_done for t in episode.turns] == [False, False, True, False, False]
+    return episode, policy
+
+
+@pytest.mark.parametrize(
+    ("ends", "edges", "how"),
+    [
+        ("claim", [(0, 2), (2, 5)], ["claim", "world"]),
+        ("judge", [(0, 3), (3, 5)], ["judge", "world"]),
+        ("cap", [(0, 4), (4, 5)], ["cap", "world"]),
+        ("episode", [(0, 5)], ["world"]),
+    ],
+)
+def test_what_ends_a_subtask_by_hand(ends, edges, how):
+    episode, policy = claim_second_and_confirm_third(ends=ends)
+    assert [(s.start, s.end) for s in episode.segments] == edges
+    assert [ended_by(episode, segment, ends) for segment in episode.segments] == how
+    planned = len(policy.prompts("planner"))
+    assert planned == (0 if ends == "episode" else len(edges))
+    first = [start for start, _ in edges]
+    assert [i for i, t in enumerate(episode.turns) if t.progress == "None"] == first, (
+        "a new subtask, new notes"
+    )
+
+
+def test_the_subtask_of_a_flat_agent_is_the_task_and_neither_planner_nor_cap_comes_in_between():
+    policy, pool = Scripted(), FakePool(1, 40)
+    (episode,) = play(policy, pool, ends="episode", max_actions=3, judge=lambda subtask, obs: True)
+    task = compact(episode.description)
+    assert task == "Do boil 0" and episode.description == "Do boil 0."
+    assert spans(episode) == [(task, 0, 40, "p3")] and {t.subtask for t in episode.turns} == {task}
+    assert policy.prompts("planner") == [] and {d.level for d in episode.decisions} == {
+        "executor",
+        "progress",
+    }
+    assert all(f"Subtask: {task}\n" in prompt for prompt in policy.prompts("executor"))
+    assert [t.progress for t in episode.turns[:4]] == ["None", "p1", "p2", "p3"]
+
+
+def test_a_flat_agent_at_the_step_limit_writes_its_progress_once_more():
+    (episode,) = play(Scripted(), FakePool(1, 3, "truncated"), ends="episode")
+    assert [d.level for d in episode.decisions] == ["executor", "progress"] * 3
+    assert episode.segments[0].final_progress == "p3"
 
 
 def test_after_the_world_ended_no_role_is_asked():
@@ -150,23 +218,26 @@ def test_at_the_step_limit_the_progress_is_written_once_more_for_the_bootstrap()
     assert not episode.success
 
 
-def test_the_judge_sees_subtask_and_outcome_fills_verified_and_never_ends_a_subtask():
+@pytest.mark.parametrize("ends", ["claim", "cap", "episode"])
+def test_the_judge_sees_subtask_and_outcome_fills_verified_and_ends_nothing_unless_asked_to(ends):
     seen = []
 
     def judge(subtask, obs):
         seen.append((subtask, obs))
         return len(seen) == 2
 
-    (episode,) = play(judge=judge)
+    (episode,) = play(judge=judge, ends=ends)
     assert [t.verified_done for t in episode.turns] == [False, True, False, False]
     assert [(s.start, s.end) for s in episode.segments] == [(0, 4)]
-    assert seen == [("goal 0", episode.obs_after(t)) for t in range(4)]
+    assert seen == [(episode.segments[0].subtask, episode.obs_after(t)) for t in range(4)]
 
 
 @pytest.mark.parametrize("end", ["terminated", "truncated"])
 @pytest.mark.parametrize("history", ["progress", "full"])
-def test_segments_cover_the_turns_whatever_the_policy_does(end, history, tmp_path):
-    episodes = play(random_policy(), FakePool(3, 7, end), PANEL, max_actions=3, history=history)
+@pytest.mark.parametrize("ends", ENDS)
+def test_segments_cover_the_turns_whatever_the_policy_does(end, history, ends, tmp_path):
+    options = {"max_actions": 3, "history": history, "ends": ends, "judge": coin}
+    episodes = play(random_policy(), FakePool(3, 7, end), PANEL, **options)
     for episode in episodes:
         edges = [0] + [s.end for s in episode.segments]
         assert edges == [s.start for s in episode.segments] + [len(episode.turns)] and edges == sorted(
@@ -175,7 +246,7 @@ def test_segments_cover_the_turns_whatever_the_policy_does(end, history, tmp_pat
         assert all(
             turn.subtask == s.subtask for s in episode.segments for turn in episode.turns[s.start : s.end]
         )
-    assert len({len(e.segments) for e in episodes}) > 1
+    assert len({len(e.segments) for e in episodes}) > 1 or ends in ("cap", "episode")
     write_episodes(tmp_path / "a.jsonl", episodes)
     assert read_episodes(tmp_path / "a.jsonl") == episodes
 
@@ -292,14 +363,16 @@ def test_every_role_has_its_own_limit_of_new_tokens():
 # --- acting and training see the same -----------------------------------------------------------------------
 @pytest.mark.parametrize("history", ["progress", "full", "window"])
 @pytest.mark.parametrize("end", ["terminated", "truncated"])
+@pytest.mark.parametrize("ends", ENDS)
 def test_training_builds_exactly_the_prompts_that_acting_used_and_keeps_what_was_sampled(
-    history, end, tmp_path
+    history, end, ends, tmp_path
 ):
+    options = {"history": history, "max_actions": 6, "ends": ends, "judge": coin}
     for pair in PANEL:
         policy = random_policy()
-        (episode,) = play(policy, FakePool(1, 11, end), [pair], history=history, max_actions=6)
+        (episode,) = play(policy, FakePool(1, 11, end), [pair], **options)
         write_episodes(tmp_path / "a.jsonl", [episode])
-        items = transitions(read_episodes(tmp_path / "a.jsonl")[0], history)
+        items = transitions(read_episodes(tmp_path / "a.jsonl")[0], history, flat=ends == "episode")
         assert [(t.level, t.prompt) for t in items] == [(r.role, r.prompt) for r in policy.requests]
         assert [t.completion_ids for t in items] == [[n, 2] for n in range(1, len(items) + 1)]
         assert all(t.behavior_logprobs == [-0.1235, -1.0] for t in items)
@@ -307,14 +380,40 @@ def test_training_builds_exactly_the_prompts_that_acting_used_and_keeps_what_was
 
 
 @pytest.mark.parametrize("history", ["progress", "full", "window"])
-def test_a_next_prompt_is_the_prompt_that_acting_used_next(history):
-    checked = dict.fromkeys(MAX_NEW_TOKENS, 0)
-    for episode in play(random_policy(), FakePool(4, 11), PANEL, history=history, max_actions=6):
+@pytest.mark.parametrize("ends", ENDS)
+def test_a_next_prompt_is_the_prompt_that_acting_used_next(history, ends):
+    checked, options = dict.fromkeys(MAX_NEW_TOKENS, 0), {"max_actions": 6, "ends": ends, "judge": coin}
+    for episode in play(random_policy(), FakePool(4, 11), PANEL, history=history, **options):
         starts = [s.start for s in episode.segments]
         for level in MAX_NEW_TOKENS:
-            items = [t for t in transitions(episode, history) if t.level == level]
+            items = [t for t in transitions(episode, history, flat=ends == "episode") if t.level == level]
             for now, after in zip(items, items[1:], strict=False):
                 if not now.terminated and (level == "planner" or after.turn not in starts):
-                    assert now.next_prompt == after.prompt
+                    assert now.next_prompt == after.prompt and now.follows is after
                     checked[level] += 1
-    assert checked.pop("progress") > 20 * (history == "progress") - 1 and min(checked.values()) > 10
+    assert (checked.pop("progress") > 20) == (history == "progress")
+    assert (checked.pop("planner") >= 10) == (ends != "episode") and checked["executor"] > 10
+
+
+@pytest.mark.parametrize("ends", ["claim", "judge", "cap"])
+def test_progress_that_is_handed_over_leads_to_the_prompt_the_planner_got_next(ends):
+    policy, handed = random_policy(), 0
+    options = {"max_actions": 3, "ends": ends, "judge": coin}
+    for episode in play(policy, FakePool(4, 11), PANEL, **options):
+        items = transitions(episode, credit=Credit(progress="planner"))
+        plans = {t.turn: t for t in items if t.level == "planner"}
+        for t in items:
+            if t.next_level != t.level:
+                assert t.next_prompt == plans[t.turn + 1].prompt and t.follows is plans[t.turn + 1]
+                assert t.next_prompt in policy.prompts("planner")
+                handed += 1
+    assert handed > 20
+
+
+@pytest.mark.parametrize("ends", ENDS)
+def test_results_do_not_depend_on_the_number_of_slots_whatever_ends_a_subtask(ends):
+    def results(size):
+        episodes = play(random_policy(), FakePool(size, 7), PANEL, ends=ends, judge=coin, max_actions=3)
+        return {(e.task, e.variation): dataclasses.replace(e, decisions=[]) for e in episodes}
+
+    assert results(1) == results(3)

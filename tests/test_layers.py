@@ -8,14 +8,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    "envs prompts model logprob critic run scores",
+    "envs prompts model logprob critic readings run scores",
     "scienceworld_env progress",  # worlds use the interface in envs
-    "data",
-    "batches annotate hierarchy viewer",
-    "labels scripted learner",  # checks of what annotate writes; players without a model
-    "teacher",
+    "data diagnostics",  # diagnostics reads the critic
+    "batches annotate hierarchy",
+    "labels scripted learner completion",  # checks of what annotate writes; players without a model
+    "teacher viewer",
     "collect train_sft train_orl train_o2o train_hiper eval plot bench demo "
-    "panels/make base/pretrain recipes/compare",
+    "panels/make base/pretrain recipes/compare recipes/sweep",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 SCRIPTS = set(LAYERS[-1].split())
@@ -43,6 +43,14 @@ def imported(path: Path) -> set[str]:
 def test_a_module_imports_from_lower_layers_only(name):
     for other in imported(ROOT / f"{name}.py") & set(LAYER):
         assert LAYER[other] < LAYER[name] or (name, other) in ON_DEMAND, f"{name} imports {other}"
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [("diagnostics", {"critic"}), ("completion", {"data", "hierarchy"}), ("critic", set())],
+)
+def test_a_module_that_others_stand_on_imports_no_more_than_this(name, allowed):
+    assert imported(ROOT / f"{name}.py") <= allowed
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -63,12 +64,34 @@ def pad(rows, extra=0, fill=0):
     return ids, torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
 
 
+class Row(NamedTuple):
+    """A decision as tokens."""
+
+    prompt: list[int]
+    answer: list[int]
+    next_prompt: list[int]
+    level: int  # index into LEVELS
+    reward: float
+    steps: int
+    terminated: bool
+    next_answer: list[int] = []  # what followed in the data; empty: nothing
+    next_level: int | None = None  # None: its own
+    expert: bool = True
+    behavior_logp: float = math.nan
+    mc_return: float = math.nan
+    policy_answer: list[int] | None = None  # sampled by the policy now; None: not asked for
+
+
 def make_batch(decisions, extra=0, fill=0):
-    """decisions: (prompt, answer, next prompt, level, reward, steps, terminated); extra columns: `fill`."""
-    prompts, answers, nexts, level, reward, steps, terminated = zip(*decisions, strict=True)
-    input_ids, attention_mask = pad([p + a for p, a in zip(prompts, answers, strict=True)], extra, fill)
-    next_ids, next_mask = pad(nexts, extra, fill)
-    state_index = torch.tensor([len(p) - 1 for p in prompts])
+    """decisions: Row, or the first fields of one; extra columns hold `fill`."""
+    rows = [Row(*decision) for decision in decisions]
+    input_ids, attention_mask = pad([r.prompt + r.answer for r in rows], extra, fill)
+    next_ids, next_mask = pad([r.next_prompt + r.next_answer for r in rows], extra, fill)
+    policy_ids, policy_mask = torch.zeros(len(rows), 0, dtype=torch.long), torch.zeros(len(rows), 0).bool()
+    state_index = torch.tensor([len(r.prompt) - 1 for r in rows])
+    if all(r.policy_answer is not None for r in rows):
+        policy_ids, policy_mask = pad([r.prompt + r.policy_answer for r in rows], extra, fill)
+        policy_mask &= torch.arange(policy_ids.shape[1]) > state_index[:, None]
     return Batch(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -77,15 +100,25 @@ def make_batch(decisions, extra=0, fill=0):
         action_index=attention_mask.sum(1) - 1,
         next_ids=next_ids,
         next_mask=next_mask,
-        next_index=next_mask.sum(1) - 1,
-        level=torch.tensor(level),
-        reward=torch.tensor(reward),
-        steps=torch.tensor(steps),
-        terminated=torch.tensor(terminated),
+        next_index=torch.tensor([len(r.next_prompt) - 1 for r in rows]),
+        next_action_index=torch.tensor(
+            [len(r.next_prompt + r.next_answer) - 1 if r.next_answer else -1 for r in rows]
+        ),
+        next_level=torch.tensor([r.level if r.next_level is None else r.next_level for r in rows]),
+        level=torch.tensor([r.level for r in rows]),
+        reward=torch.tensor([r.reward for r in rows]),
+        steps=torch.tensor([r.steps for r in rows]),
+        terminated=torch.tensor([r.terminated for r in rows]),
+        expert=torch.tensor([r.expert for r in rows]),
+        behavior_logp=torch.tensor([r.behavior_logp for r in rows]),
+        mc_return=torch.tensor([r.mc_return for r in rows]),
+        policy_ids=policy_ids,
+        policy_mask=policy_mask,
     )
 
 
 def ragged_decisions(count=8, levels=(0, 1, 2)):
+    """Rows of all lengths: a fourth ends, a third has no answer after it, half are from rollouts."""
     generator = torch.Generator().manual_seed(3)
 
     def tokens(low, high):
@@ -93,14 +126,19 @@ def ragged_decisions(count=8, levels=(0, 1, 2)):
         return torch.randint(3, V, (length,), generator=generator).tolist()
 
     return [
-        (
-            tokens(2, 9),
-            tokens(1, 5) + [EOS],
-            tokens(2, 9),
-            levels[i % len(levels)],
-            float(i % 2),
-            i,
-            i % 4 == 3,
+        Row(
+            prompt=tokens(2, 9),
+            answer=tokens(1, 5) + [EOS],
+            next_prompt=tokens(2, 9),
+            level=levels[i % len(levels)],
+            reward=float(i % 2),
+            steps=i,
+            terminated=i % 4 == 3,
+            next_answer=tokens(1, 5) + [EOS] if i % 3 else [],
+            expert=i % 4 < 2,
+            behavior_logp=math.nan if i % 4 < 2 else -3.0 - i,
+            mc_return=0.1 * i if i % 5 else math.nan,
+            policy_answer=tokens(1, 5) + [EOS],
         )
         for i in range(count)
     ]
@@ -179,7 +217,7 @@ def test_full_fine_tuning_trains_the_head_too():
 
 def test_critic_and_actor_are_clipped_apart():
     decisions = ragged_decisions()
-    huge = [d[:4] + (1e4,) + d[5:] for d in decisions]  # rewards that make the critic gradient explode
+    huge = [d._replace(reward=1e4) for d in decisions]  # rewards that make the critic gradient explode
     steps = []
     for batch in (make_batch(decisions), make_batch(huge)):
         learner = make_learner(actor="bc", clip_norm=0.5)
@@ -234,7 +272,7 @@ def test_right_padding_changes_nothing():
     decisions = ragged_decisions()
     plain, padded = (learner.decide(make_batch(decisions, extra=extra, fill=17)) for extra in (0, 5))
     for name, a, b in zip(plain._fields, plain, padded, strict=True):
-        torch.testing.assert_close(a, b, msg=name, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(a, b, msg=name, atol=1e-5, rtol=1e-5, equal_nan=True)
 
 
 def test_batch_is_unchanged():
@@ -242,7 +280,8 @@ def test_batch_is_unchanged():
     before = copy.deepcopy(batch)
     make_learner().update([batch])
     for field in dataclasses.fields(batch):
-        assert torch.equal(getattr(batch, field.name), getattr(before, field.name)), field.name
+        after, was = getattr(batch, field.name), getattr(before, field.name)
+        torch.testing.assert_close(after, was, atol=0, rtol=0, equal_nan=True, msg=field.name)
 
 
 def test_resumed_run_equals_uninterrupted_run():
@@ -279,7 +318,7 @@ def test_v_and_q_read_the_last_token_of_prompt_and_answer():
     torch.testing.assert_close(d.v, learner.critics.v(hidden[:, -1], batch.level))
     hidden = hidden_states(learner.policy, torch.tensor([[5, 6, 7, 10, 11, EOS]]), None)
     torch.testing.assert_close(d.q, learner.critics.q(hidden[:, -1], batch.level))
-    torch.testing.assert_close(d.target_q, learner.critics.target_q(hidden[:, -1], batch.level))
+    torch.testing.assert_close(d.v_target, learner.critics.target_q(hidden[:, -1], batch.level))
 
 
 def test_termination_stops_the_bootstrap_and_truncation_does_not():
@@ -311,7 +350,7 @@ def test_bootstrap_reads_the_target_heads_and_v_regresses_to_target_q():
             p.add_(0.1)
     after = learner.decide(batch)
     assert torch.equal(before.v, after.v) and torch.equal(before.q, after.q)
-    assert (before.target_q != after.target_q).all()
+    assert (before.v_target != after.v_target).all()
     assert ((before.td_target != after.td_target) == ~batch.terminated).all()
     torch.testing.assert_close(before.advantage, (before.q - before.v).detach())
 
@@ -384,11 +423,12 @@ def test_metrics_of_the_levels_that_occur(token_norm):
     logp = make_learner(token_norm="sum").decide(batch).logp
     d = learner.decide(batch)
     metrics = learner.update([batch])
-    quantities = (
-        "v_loss q_loss actor_loss value_mean q_mean advantage_mean weight_mean weight_max ess logp_mean"
-    )
-    names = {f"{level}/{q}" for level in ("planner", "progress") for q in quantities.split()}
-    assert set(metrics) == names | {"actor/grad_norm", "critic/grad_norm"}
+    assert {name.partition("/")[0] for name in metrics} == {"planner", "progress", "actor", "critic"}
+    always = """v_loss q_loss actor_loss value_mean q_mean advantage_mean advantage_p50 weight_mean weight_max
+        weight_p95 ess_share logp_mean logp_expert logp_rollout kl_sft mc_bias"""
+    for level in ("planner", "progress"):
+        assert set(always.split()) <= {name.partition("/")[2] for name in metrics if name.startswith(level)}
+    assert not any("cql_loss" in name or "pg_loss" in name for name in metrics)  # they are off
     for index in (0, 2):
         rows = batch.level == index
         mean_logp = (logp[rows].sum() / batch.action_mask[rows].sum()).item()
@@ -397,9 +437,11 @@ def test_metrics_of_the_levels_that_occur(token_norm):
         squared = (d.td_target - d.q)[rows].pow(2).mean().item()
         assert metrics[f"{LEVELS[index]}/q_loss"] == pytest.approx(squared, rel=1e-4)
         weight = d.weight[rows]
-        assert metrics[f"{LEVELS[index]}/ess"] == pytest.approx(
-            (weight.sum() ** 2 / (weight**2).sum()).item(), rel=1e-4
-        )
+        share = (weight.sum() ** 2 / (weight**2).sum() / rows.sum()).item()
+        assert metrics[f"{LEVELS[index]}/ess_share"] == pytest.approx(share, rel=1e-4)
+        sampled = rows & ~batch.expert  # KL(SFT || policy): of whole answers, whatever the norm
+        drift = (batch.behavior_logp - logp)[sampled].mean().item()
+        assert metrics[f"{LEVELS[index]}/kl_sft"] == pytest.approx(drift, rel=1e-4)
 
 
 def test_absent_level_keeps_its_heads():
@@ -417,9 +459,19 @@ def test_what_cannot_be_trained_is_refused():
         make_learner(make_policy(target_modules=["q_proj", "lm_head"]))
     with pytest.raises(ValueError, match="start a new critic"):
         Learner(make_policy(), Critics(D, ("low", "high")), hidden_states, RLConfig())
-    for wrong in ({"expectile": 1.0}, {"temperature": 0.0}):
+    for wrong in ({"expectile": 1.0}, {"temperature": 0.0}, {"max_weight": 0.0}, {"conservative": -1.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             RLConfig(**wrong)
+
+
+def test_a_reading_that_samples_names_what_its_batch_lacks():
+    batch = dataclasses.replace(
+        make_batch(ragged_decisions()),
+        policy_ids=torch.zeros(8, 0).long(),
+        policy_mask=torch.zeros(8, 0).bool(),
+    )
+    with pytest.raises(ValueError, match="policy_answers="):
+        make_learner(conservative=1.0).update([batch])
 
 
 def test_nan_stops_the_run_before_it_reaches_a_weight():

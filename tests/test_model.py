@@ -42,6 +42,7 @@ from model import (
     save_policy,
     trainable_state,
     use_adapter,
+    without_adapters,
 )
 
 ARCHITECTURES = {
@@ -212,6 +213,24 @@ def test_a_fresh_adapter_changes_nothing(backbones):
     with torch.no_grad():
         before = hidden_states(lm, ids)
         torch.testing.assert_close(hidden_states(add_lora(lm, 4), ids), before)
+
+
+@pytest.mark.parametrize("adapters", ["shared", "separate"])
+def test_without_adapters_the_backbone_answers_and_afterwards_they_are_back(backbones, adapters):
+    plain, _ = load_backbone(str(backbones["llama"]))
+    policy, _ = load(backbones["llama"], adapters=adapters)
+    ids, level = random_ids(policy, rows=5), torch.tensor([2, 0, 1, 0, 2])
+    trains = {n: p.requires_grad for n, p in policy.named_parameters()}
+    with torch.no_grad():
+        before, expected = hidden_states(policy, ids, level), hidden_states(plain, ids, level)
+        assert not torch.allclose(before, expected, atol=1e-2)
+        with without_adapters(policy):
+            torch.testing.assert_close(hidden_states(policy, ids, level), expected)
+        assert torch.equal(hidden_states(policy, ids, level), before)
+        with pytest.raises(KeyError), without_adapters(policy):
+            raise KeyError
+        assert torch.equal(hidden_states(policy, ids, level), before), "also after an error inside"
+    assert {n: p.requires_grad for n, p in policy.named_parameters()} == trains
 
 
 # --- hidden states ------------------------------------------------------------------------------------------
@@ -472,14 +491,18 @@ def test_log_probs_of_a_rollout_are_those_of_training(backbones, architecture, a
     asked = requests()
     answers = Policy(policy, tokenizer, temperature).answer(asked)
     items = [
-        Transition(r.role, r.prompt, a.text, a.ids, a.logprobs, 0.0, 1, True, False, "", "test", "test/1", 0)
+        Transition(
+            r.role, r.prompt, a.text, a.ids, a.logprobs, 0.0, 1, True, False, "", r.role, "test", "test/1", 0
+        )
         for r, a in zip(asked, answers, strict=True)
-    ]
+    ]  # fmt: skip
     batch = collate(items, tokenizer)
     with torch.no_grad():
         hidden = hidden_states(policy, batch.input_ids, batch.level)
         weight, bias = head_weight(policy.get_output_embeddings(), policy.config)
-        logp, _ = sequence_logprobs(hidden, weight, batch.input_ids, batch.action_mask, bias=bias)
+        logp, sums = sequence_logprobs(hidden, weight, batch.input_ids, batch.action_mask, bias=bias)
+    torch.testing.assert_close(sums, batch.behavior_logp, atol=1e-3, rtol=0)
+    assert {t.level for t in items} == set(ROLES)
     for row, answer in enumerate(answers):
         assert batch.input_ids[row][batch.action_mask[row]].tolist() == answer.ids
         assert logp[row][batch.action_mask[row]].tolist() == pytest.approx(answer.logprobs, abs=1e-4)

@@ -90,3 +90,51 @@ def test_an_endpoint_that_is_down_gives_one_line_with_the_fix():
     with pytest.raises(ConnectionError, match="start the server, or correct url") as error:
         annotate(small_episode(), teacher=ChatTeacher("http://127.0.0.1:9/v1", "stub", timeout=1))
     assert "\n" not in str(error.value)
+
+
+OBS = """You move the metal pot to the inventory.
+
+This room is called the kitchen. In it, you see:
+	a sink
+
+In your inventory, you see:
+	a metal pot
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "verdict"),
+    [("True", True), ("true.", True), ("**True**", True), ("False", False), (" FALSE\n", False)],
+)
+def test_a_verdict_is_true_or_false_in_any_dress(endpoint, said, verdict):
+    url, requests = endpoint("", said)
+    assert ChatTeacher(url, "stub").judge("get the metal pot", OBS) is verdict
+    assert len(requests) == 1
+
+
+@pytest.mark.parametrize(
+    "said", ["", "Yes", "True or False", "not true", "True, it is in the inventory", "1"]
+)
+def test_any_other_verdict_is_refused_with_the_fix_and_not_asked_for_again(endpoint, said):
+    url, requests = endpoint("", said)
+    with pytest.raises(ValueError, match="stub said .*, expected True or False: use another model") as error:
+        ChatTeacher(url, "stub").judge("get the metal pot", OBS)
+    assert repr(said) in str(error.value) and len(requests) == 1
+
+
+def test_the_judge_is_shown_the_subtask_and_what_the_world_answered(endpoint):
+    url, requests = endpoint("", "True")
+    ChatTeacher(url, "stub").judge("get the metal pot", OBS)
+    lines = requests[0]["messages"][0]["content"].splitlines()
+    assert lines[-5:] == [
+        "Subtask: get the metal pot",
+        "Answer of the world: You move the metal pot to the inventory",
+        "Room: kitchen: sink",
+        "Inventory: inventory: metal pot",
+        "Complete:",
+    ]
+
+
+def test_a_judge_that_is_down_gives_one_line_with_the_fix():
+    with pytest.raises(ConnectionError, match="start the server, or correct url"):
+        ChatTeacher("http://127.0.0.1:9/v1", "stub", timeout=1).judge("get the metal pot", OBS)
