@@ -69,7 +69,7 @@ PRESETS = {
         "rl": {"value_answers": "policy", "max_weight": float("inf")},
         "credit": {"invalid_penalty": 0.0},
     },
-    "as_published_step_hrl": {"rl": {}, "credit": {}},  # the defaults
+    "as_published_step_hrl": {"rl": {}, "credit": {"invalid_penalty": 0.0}},  # the defaults but for that
     "as_released_glider": {
         "rl": {
             "actor": "q_weighted", "bootstrap": "next_q", "rl_levels": "planner", "token_norm": "mean",
