@@ -211,6 +211,13 @@ def show(arm: str, seed: int, plan: dict, c: Config) -> dict:
     return row
 
 
+def interval(tasks: list[str], values: list[list[float]]) -> list[float] | None:
+    """95% interval over seeds and episodes; None where no type has two episodes or seeds to draw from."""
+    if len(values) * len(tasks) == len(set(tasks)):
+        return None
+    return [round(x, 2) for x in scores.bootstrap_ci(tasks, values)]
+
+
 def compare(rows: dict[str, list[dict]], tasks: list[str]) -> dict[str, dict]:
     """Per arm: mean over seeds, interval, and the difference from the first arm, paired by seed, episode."""
     clipped = {arm: [[max(0.0, s) for s in row["scores"]] for row in of] for arm, of in rows.items()}
@@ -220,9 +227,9 @@ def compare(rows: dict[str, list[dict]], tasks: list[str]) -> dict[str, dict]:
         table[arm] = {
             "macro_means": [row["macro_mean"] for row in of],
             "macro_mean": round(sum(row["macro_mean"] for row in of) / len(of), 2),
-            "ci95": [round(x, 2) for x in scores.bootstrap_ci(tasks, clipped[arm])],
+            "ci95": interval(tasks, clipped[arm]),
             "difference": round(sum(scores.macro_mean(tasks, g) for g in gain) / len(gain), 2),
-            "difference_ci95": [round(x, 2) for x in scores.bootstrap_ci(tasks, gain)],
+            "difference_ci95": interval(tasks, gain),
             **{k: [row[k] for row in of] for k in ("success_rate", "tokens_per_step", "subtasks")},
         }
     return table
@@ -233,15 +240,15 @@ def figure(table: dict[str, dict], title: str) -> Figure:
     chart = Figure(figsize=(7, 1.1 + 0.35 * len(table)), layout="constrained")
     axes, arms = chart.add_subplot(), list(table)
     means = [table[arm]["macro_mean"] for arm in arms]
-    low, high = zip(*(table[arm]["ci95"] for arm in arms), strict=True)
-    error = [
-        [max(0.0, m - x) for m, x in zip(means, low, strict=True)],
-        [max(0.0, x - m) for m, x in zip(means, high, strict=True)],
-    ]
-    axes.barh(arms, means, xerr=error, color="#9dbde6", ecolor="#16365f", capsize=3)
+    axes.barh(arms, means, color="#9dbde6")
+    for y, arm in enumerate(arms):
+        if ends := table[arm]["ci95"]:
+            axes.plot(ends, [y, y], "|-", color="#16365f")
     axes.invert_yaxis()
     axes.set_xlim(left=0)
-    axes.set_xlabel("macro score, 95% interval")
+    axes.set_xlabel(
+        "macro score" + (", 95% interval" if table[arms[0]]["ci95"] else ", one episode of each type")
+    )
     axes.set_title(title, fontsize=9)
     return chart
 

@@ -87,7 +87,7 @@ def test_differences_are_paired_with_the_first_arm_by_hand():
         }  # fmt: skip
 
     rows = {"a": [row(10, 30), row(20, 40)], "b": [row(15, 30), row(20, 50)]}
-    table = sweep.compare(rows, ["boil", "melt"])
+    table = sweep.compare(rows, ["boil", "melt"])  # one episode of a type, but two seeds to draw from
     assert table["a"]["difference"] == 0 and table["a"]["difference_ci95"] == [0, 0]
     assert table["a"]["macro_mean"] == 25 and table["b"]["macro_mean"] == 28.75
     assert table["b"]["difference"] == 3.75 and table["b"]["macro_means"] == [22.5, 35]
@@ -95,6 +95,9 @@ def test_differences_are_paired_with_the_first_arm_by_hand():
     assert 0 <= low < 3.75 < high
     below = sweep.compare({"a": [row(10, 30)], "b": [row(-100, 30)]}, ["boil", "melt"])
     assert below["b"]["difference"] == -5, "a negative score counts as 0"
+    assert below["b"]["ci95"] is None, "one episode of each type and one seed have no interval"
+    two = sweep.compare({"a": [row(10, 30)]}, ["boil", "boil"])
+    assert two["a"]["ci95"] == [10, 30]
 
 
 @pytest.fixture
