@@ -250,7 +250,8 @@ def transitions(
             next_prompt = "" if ended else executor_prompt(
                 episode, segment.start, t + 1, segment.subtask, next_progress, next_obs, history
             )  # fmt: skip
-            answer, relabel = turn.raw_text, credit.completion == "segment" and turn.claimed_done != final
+            relabel = not flat and credit.completion == "segment" and turn.claimed_done != final
+            answer = turn.raw_text
             if relabel or not answer:  # STEP-HRL's code makes every segment end with a claim
                 answer = prompts.executor_answer(turn.action, final if relabel else turn.claimed_done)
             add("executor", t, prompt, answer, next_prompt=next_prompt, resampled=relabel, **outcome)

@@ -7,7 +7,7 @@ Starts from the SFT adapter. The gradient step itself (IQL critic, AWR actor) is
 """
 
 import time
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -51,14 +51,13 @@ class Config:
 
 
 def with_preset(config: Config) -> Config:
-    """The config with the preset's readings filled in; a flag of its own off the default is refused."""
+    """The config with the readings of its preset; another value of theirs than the default is refused."""
     if config.preset == "none":
         return config
     groups = {}
     for group, readings in PRESETS[config.preset].items():
         given, default = getattr(config, group), type(getattr(config, group))()
-        changed = {f.name for f in fields(given) if getattr(given, f.name) != getattr(default, f.name)}
-        if clash := [name for name in readings if name in changed]:
+        if clash := [n for n, v in readings.items() if getattr(given, n) not in (v, getattr(default, n))]:
             raise ValueError(f"--preset {config.preset} sets {group} {clash}: leave out these flags or it")
         groups[group] = replace(given, **readings)
     return replace(config, **groups)

@@ -226,12 +226,11 @@ class Replay:
         self.episode, self.t = episode, 0
 
     def call(self, requests: dict) -> dict:
-        episode, (request,) = self.episode, requests.values() or [None]
-        if request is None:
-            return {}
-        self.t += request[0] == "step"
-        over, after = self.t == len(episode.turns), [*(t.obs for t in episode.turns), episode.final_obs]
-        return {0: StepResult(after[self.t], episode.description, 0.0, 0.0, over, False, over)}
+        episode, seen = self.episode, [*(t.obs for t in self.episode.turns), self.episode.final_obs]
+        self.t += ("step",) in [request[:1] for request in requests.values()]
+        over = self.t == len(episode.turns)
+        now = StepResult(seen[self.t], episode.description, 0.0, 0.0, over, False, over)
+        return dict.fromkeys(requests, now)
 
 
 class Expert:

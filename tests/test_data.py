@@ -459,7 +459,9 @@ def test_a_flat_agents_progress_is_credited_like_its_action_whatever_the_planner
         assert (last.completion, last.next_prompt) == (" final 0", "")
 
 
-@pytest.mark.parametrize("credit", [Credit("judge"), Credit("claim"), Credit(noise=1.0)], ids=str)
+@pytest.mark.parametrize(
+    "credit", [Credit("judge"), Credit("claim"), Credit("segment"), Credit(noise=1.0)], ids=str
+)
 def test_completion_means_nothing_to_a_flat_agent(credit):
     for episode in (FLAT_WON, FLAT_CUT):
         assert transitions(episode, credit=credit, flat=True) == transitions(episode, flat=True)

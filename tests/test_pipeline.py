@@ -16,17 +16,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import annotate
 import collect
+import completion
 import envs
 import eval as evaluation
+import prompts
 import train_orl
 import train_sft
 from base import pretrain
+from batches import collate
 from critic import load_critics
-from data import LEVELS, read_episodes, transitions, write_episodes
+from data import LEVELS, Credit, read_episodes, transitions, write_episodes
 from learner import Learner
-from model import load_policy
-from train_orl import RLConfig
+from logprob import head_weight, sequence_logprobs
+from model import hidden_states, load_policy
+from readings import PRESETS, RLConfig
 
 ROOT = Path(__file__).parent.parent
 PANEL = [("lifespan-longest-lived", 0), ("find-non-living-thing", 0)]
@@ -35,8 +40,8 @@ WORLD = HERE | {"panel": "tiny", "workers": 0}
 FIELDS = {
     "benchmark", "panel", "split", "agent", "stage", "checkpoint", "seeds", "max_steps", "episodes",
     "macro_mean", "ci95", "success_rate", "success_ci95", "per_type", "tokens_per_decision",
-    "limit", "tokens_per_step", "mean_steps", "parse_failure_rate", "capped_subtasks", "scores", "minutes",
-    "command", "commit", "versions", "hardware",
+    "limit", "tokens_per_step", "mean_steps", "parse_failure_rate", "subtasks", "max_actions", "scores",
+    "minutes", "command", "commit", "versions", "hardware",
 }  # fmt: skip
 
 
@@ -59,8 +64,8 @@ def orl(w, out, **options):
 
 def roll_out(w, out, **options):
     """Episodes of the SFT policy, at most 5 steps each."""
-    config = collect.Config(out, "policy", checkpoint=w.sft, max_steps=5, **WORLD | options)
-    collect.main(config)
+    options = {"checkpoint": w.sft, "max_steps": 5} | options
+    collect.main(collect.Config(out, "policy", **WORLD | options))
     return read_episodes(out)
 
 
@@ -106,6 +111,7 @@ def w(simulator, tmp_path_factory):
             root=root, base=root / "base", gold=root / "gold.jsonl", explore=root / "explore.jsonl"
         )
         collect.main(collect.Config(w.gold, "gold", **WORLD))
+        w.gold_at_first = w.gold.read_bytes()
         collect.main(collect.Config(w.explore, "explore", repeats=3, max_steps=25, **WORLD))
         pretrain.main(
             pretrain.Config(
@@ -126,6 +132,10 @@ def metrics(folder):
     for row in csv.DictReader((folder / "metrics.csv").open()):
         series.setdefault(row["metric"], []).append(float(row["value"]))
     return series
+
+
+def sources(path):
+    return {e.source for e in read_episodes(path)}
 
 
 def adapter(folder):
@@ -206,9 +216,71 @@ def test_an_interrupted_collection_goes_on_without_playing_again(w, tmp_path, mo
 
 
 def test_episodes_of_another_player_are_not_taken_for_ones_own(w, tmp_path):
-    shutil.copy(w.gold, tmp_path / "r.jsonl")
+    """Rollouts never go into the file of the experts, nor gold paths into that of the rollouts."""
+    gold, rollouts = shutil.copy(w.gold, tmp_path / "g.jsonl"), shutil.copy(w.rollouts, tmp_path / "r.jsonl")
     with pytest.raises(ValueError, match="holds episodes of .*expert.*choose another --out"):
-        roll_out(w, tmp_path / "r.jsonl")
+        roll_out(w, gold)
+    with pytest.raises(ValueError, match="holds episodes of .*policy-.*choose another --out"):
+        collect.main(collect.Config(rollouts, "gold", **WORLD))
+    assert gold.read_bytes() == w.gold_at_first and rollouts.read_bytes() == w.rollouts.read_bytes()
+
+
+def test_rollouts_and_offline_rl_leave_the_experts_file_as_it_was(w):
+    assert w.gold.read_bytes() == w.gold_at_first
+    assert sources(w.gold) == {"expert"} and "expert" not in sources(w.rollouts)
+
+
+@pytest.mark.parametrize(
+    "options", [{"ends": "judge"}, {"judge_noise": 0.5}, {"temperature": 0.5}, {"max_actions": 2}], ids=str
+)
+def test_a_collection_does_not_go_on_with_other_flags(w, tmp_path, options):
+    rollouts = shutil.copy(w.rollouts, tmp_path / "r.jsonl")
+    with pytest.raises(ValueError, match="one that plays by other flags; choose another --out"):
+        roll_out(w, rollouts, **options)
+
+
+def spans(episode):
+    return [(s.start, s.end) for s in episode.segments]
+
+
+def test_the_cap_is_the_length_of_a_subtask_when_nothing_else_ends_it(w, tmp_path):
+    for episode in roll_out(w, tmp_path / "r.jsonl", ends="cap", max_actions=2):
+        assert len(episode.turns) == 5 and spans(episode) == [(0, 2), (2, 4), (4, 5)]
+        planned = [d.turn for d in episode.decisions if d.level == "planner"]
+        assert planned == [0, 2, 4]
+
+
+def test_the_judge_ends_subtasks_and_noise_turns_its_verdicts_round(w, tmp_path, capsys):
+    """An unskilled policy completes nothing, so with all noise every action does."""
+    options = {"ends": "judge", "max_actions": 3}
+    sure = roll_out(w, tmp_path / "sure.jsonl", **options)
+    liar = roll_out(w, tmp_path / "liar.jsonl", judge_noise=1.0, **options)
+    assert "verdicts are those of the rules after 0.0% of actions" in capsys.readouterr().out
+    half = roll_out(w, tmp_path / "half.jsonl", judge_noise=0.5, **options)
+    rules = annotate.judge
+    for episodes, share in ((sure, 1), (liar, 0), (half, pytest.approx(0.5, abs=0.4))):
+        assert completion.agreement(episodes, rules) == share
+        for episode in episodes:
+            for segment in episode.segments:
+                *before, last = episode.turns[segment.start : segment.end]
+                assert not any(t.verified_done for t in before)
+                assert last.verified_done or len(before) == 2 or last.terminated or last.truncated
+    assert {b - a for e in liar for a, b in spans(e)} == {1}
+    assert max(b - a for e in sure for a, b in spans(e)) > 1
+    again = roll_out(w, tmp_path / "again.jsonl", judge_noise=0.5, **options)
+    assert [[t.verified_done for t in e.turns] for e in again] == [
+        [t.verified_done for t in e.turns] for e in half
+    ]
+
+
+def test_noise_of_the_judge_reaches_the_gold_paths_too(w, tmp_path):
+    collect.main(collect.Config(tmp_path / "gold.jsonl", "gold", judge_noise=1.0, **WORLD))
+    wrong, right = read_episodes(tmp_path / "gold.jsonl"), read_episodes(w.gold)
+    for a, b in zip(wrong, right, strict=True):
+        assert [t.verified_done for t in a.turns] == [not t.verified_done for t in b.turns]
+        assert a.segments == b.segments and [t.claimed_done for t in a.turns] == [
+            t.claimed_done for t in b.turns
+        ]
 
 
 def test_repeats_sample_other_episodes(w, tmp_path):
@@ -357,6 +429,195 @@ def test_orl_with_behaviour_cloning_gives_every_decision_weight_one(w, tmp_path)
     assert 1.0 not in metrics(tmp_path / "awr")["executor/weight_mean"]
 
 
+@pytest.mark.parametrize("adapters", ["shared", "separate"])
+def test_offline_rl_goes_on_from_the_weights_of_sft_and_not_from_fresh_ones(w, tmp_path, adapters):
+    """Two trained steps of at most 1e-6 each, and SFT's own steps were of up to 1e-3."""
+    trained = sft(w, tmp_path / "sft", adapters=adapters)
+    orl(w, tmp_path / "orl", init=trained, steps=2, warmup_steps=0, rl=RLConfig(actor_lr=1e-6))
+    before, after = tensors(trained), tensors(tmp_path / "orl")
+    after.pop("critic.safetensors")
+    assert set(before) == set(after) and len(before) == (1 if adapters == "shared" else 3)
+    for path in before:
+        sft_weights, orl_weights = (load_file(folder / path) for folder in (trained, tmp_path / "orl"))
+        change = {name: (orl_weights[name] - sft_weights[name]).abs().max() for name in sft_weights}
+        assert 0 < max(change.values()) < 3e-6, "it did train, by little"
+        for name, weights in sft_weights.items():
+            if "lora_B" in name:  # 0 in a fresh adapter
+                assert weights.abs().max() > 1e-4 > 30 * change[name]
+
+
+def test_sft_of_no_epochs_saves_the_untrained_adapter_and_it_plays_as_the_backbone(w, tmp_path):
+    fresh = sft(w, tmp_path / "sft", epochs=0)
+    assert all(t.abs().max() == 0 for name, t in adapter(fresh).items() if "lora_B" in name)
+    assert all(t.abs().max() > 0 for name, t in adapter(fresh).items() if "lora_A" in name)
+    assert json.loads((fresh / "policy.json").read_text())["steps"] == 0 and metrics(fresh) == {}
+    options = {"panel": "one", "max_steps": 2}
+    evaluate(w, "fresh", checkpoint=fresh, **options)
+    evaluate(w, "backbone", agent="zero-shot", model=str(w.base), **options)
+    a, b = (read_episodes(w.root / f"eval/episodes/{name}.jsonl")[0] for name in ("fresh", "backbone"))
+    equal(dataclasses.replace(a, source=""), dataclasses.replace(b, source=""))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_trains_and_its_readings_are_those_of_the_run(w, tmp_path, preset):
+    orl(w, tmp_path / "orl", preset=preset, steps=2, warmup_steps=1)
+    values = metrics(tmp_path / "orl")
+    assert all(math.isfinite(x) for series in values.values() for x in series)
+    assert len(values["actor/grad_norm"]) == 1 and len(values["critic/grad_norm"]) == 2
+    config = json.loads((tmp_path / "orl/config.json").read_text())
+    for group, readings in PRESETS[preset].items():
+        assert {name: config[group][name] for name in readings} == readings
+    assert config["rl"]["actor_lr"] == 1e-3, "what the preset does not name stays"
+    trained = tensors(tmp_path / "orl")
+    assert trained != tensors(w.orl)
+    orl(w, tmp_path / "orl", preset=preset, steps=2, warmup_steps=1, resume=True)  # finished, not refused
+    assert tensors(tmp_path / "orl") == trained
+
+
+def test_a_preset_is_refused_beside_a_flag_that_it_sets(w, tmp_path, monkeypatch):
+    command = ["train_orl.py", "--init", w.sft, "--expert", w.gold, "--rollouts", w.rollouts]
+    command += ["--out", tmp_path / "orl", "--threads", 1, "--device", "cpu", "--preset"]
+    for flags, clash in [
+        (["as_released_glider", "--rl.actor", "bc"], "rl ['actor']"),
+        (
+            ["as_released_step_hrl", "--rl.expectile", 0.5, "--rl.token-norm", "mean"],
+            "rl ['expectile', 'token_norm']",
+        ),
+        (["as_published_glider", "--credit.invalid-penalty", 0.5], "credit ['invalid_penalty']"),
+    ]:
+        code = command_line(monkeypatch, *command, *flags)
+        assert code == f"error: --preset {flags[0]} sets {clash}: leave out these flags or it"
+    assert not (tmp_path / "orl").exists()
+    assert command_line(monkeypatch, *command, "as_told") == 2, "tyro refuses an unknown preset"
+
+
+def test_a_preset_leaves_the_flags_beside_it(w):
+    config = train_orl.Config(w.sft, w.gold, w.rollouts, w.root, "as_released_glider")
+    config = dataclasses.replace(config, rl=RLConfig(gamma=0.9), credit=Credit(noise=0.2))
+    readings = PRESETS["as_released_glider"]
+    filled = train_orl.with_preset(config)
+    assert filled.rl == RLConfig(gamma=0.9, **readings["rl"])
+    assert filled.credit == Credit(noise=0.2, **readings["credit"])
+    plain = dataclasses.replace(config, preset="none")
+    assert train_orl.with_preset(plain) == plain
+
+
+def test_a_run_that_samples_answers_resumes_bit_for_bit(w, tmp_path, monkeypatch):
+    """TD3+BC, the conservative term, V over the policy's own answers and features without the adapter."""
+    options = {"rl": RLConfig(
+        actor_lr=1e-3, critic_lr=1e-3, actor="td3_bc", conservative=0.5, value_answers="policy",
+        features="frozen",
+    )}  # fmt: skip
+    orl(w, tmp_path / "whole", **options)
+    interrupted(monkeypatch, Learner, "update", 4, lambda: orl(w, tmp_path / "cut", **options))
+    orl(w, tmp_path / "cut", resume=True, **options)
+    assert tensors(tmp_path / "cut") == tensors(tmp_path / "whole") != tensors(w.orl)
+    whole, cut = ((tmp_path / name / "metrics.csv").read_text() for name in ("whole", "cut"))
+    assert cut == whole
+    values = metrics(tmp_path / "whole")
+    assert {"executor/cql_loss", "executor/pg_loss"} <= set(values)
+    assert all(math.isfinite(x) for series in values.values() for x in series)
+
+
+def test_answers_are_sampled_anew_at_every_step_and_only_when_a_reading_needs_them(w, tmp_path, monkeypatch):
+    sampled, original = [], train_orl.sample_answers
+
+    def spy(policy, tokenizer, items, seed):
+        answers = original(policy, tokenizer, items, seed)
+        assert set(answers) == {id(t) for t in items} and all(answers.values())
+        sampled.append((seed, [answers[id(t)] for t in items]))
+        return answers
+
+    monkeypatch.setattr(train_orl, "sample_answers", spy)
+    orl(w, tmp_path / "awr", steps=2)
+    assert sampled == []
+    orl(w, tmp_path / "cql", steps=2, warmup_steps=2, rl=RLConfig(conservative=1.0))
+    (first, a), (second, b) = sampled
+    assert first != second and a != b
+
+
+def test_the_policy_of_the_first_step_is_the_one_that_played_the_rollouts(w, tmp_path):
+    """kl_sft, from log-probs that acting stored and training computes, is 0 until the policy moves."""
+    orl(w, tmp_path / "orl", precision="fp32", steps=3, warmup_steps=2, rl=RLConfig(actor_lr=1e-2))
+    values = metrics(tmp_path / "orl")
+    names = [name for name in values if name.endswith("/kl_sft")]
+    assert names and max(abs(x) for name in names for x in values[name]) < 1e-3  # 4 decimals a token
+    assert values["actor/grad_norm"][0] > 0
+
+
+def test_stored_log_probs_are_those_of_training_for_every_role(w):
+    policy, tokenizer, _ = load_policy(w.sft, trainable=True)
+    items = [t for episode in w.rolled for t in transitions(episode)]
+    batch = collate(items, tokenizer)
+    with torch.no_grad():
+        hidden = hidden_states(policy, batch.input_ids, batch.level)
+        weight, bias = head_weight(policy.get_output_embeddings(), policy.config)
+        logp, _ = sequence_logprobs(hidden, weight, batch.input_ids, batch.action_mask, bias=bias)
+    assert {t.level for t in items} == set(LEVELS)
+    for row, t in enumerate(items):
+        found = logp[row][batch.action_mask[row]]
+        assert found.tolist() == pytest.approx(t.behavior_logprobs, abs=1.5e-4)  # stored with 4 decimals
+
+
+def test_a_checkpoint_from_before_flat_agents_plays_and_trains_on(w, tmp_path):
+    old = shutil.copytree(w.sft, tmp_path / "old")
+    meta = json.loads((old / "policy.json").read_text())
+    assert meta.pop("flat") is False
+    (old / "policy.json").write_text(json.dumps(meta))
+    for found, expected in zip(roll_out(w, tmp_path / "r.jsonl", checkpoint=old), w.rolled, strict=True):
+        equal(found, expected)
+    assert tensors(orl(w, tmp_path / "orl", init=old)) == tensors(w.orl)
+    results = [evaluate(w, name, checkpoint=c, panel="one") for name, c in (("o", old), ("n", w.sft))]
+    assert results[0]["subtasks"] == results[1]["subtasks"] and results[0]["subtasks"]["ends"] == "claim"
+
+
+# --- a flat agent -------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def flat(w):
+    """SFT, rollouts, offline RL and evaluation of an agent without a planner."""
+    f = SimpleNamespace(sft=sft(w, w.root / "flat_sft", flat=True), rollouts=w.root / "flat.jsonl")
+    f.rolled = roll_out(w, f.rollouts, checkpoint=f.sft, max_actions=2)
+    options = {"precision": "fp32", "warmup_steps": 3, "batch_size": 9}
+    f.orl = orl(w, w.root / "flat_orl", init=f.sft, rollouts=f.rollouts, **options)
+    f.result = evaluate(w, "flat", checkpoint=f.orl, max_actions=2)
+    return f
+
+
+def test_a_flat_agent_plays_without_a_planner(w, flat):
+    for episode in [*flat.rolled, *read_episodes(w.root / "eval/episodes/flat.jsonl")]:
+        assert {d.level for d in episode.decisions} == {"executor", "progress"}
+        (segment,) = episode.segments
+        assert (segment.start, segment.end) == (0, len(episode.turns)) and len(episode.turns) > 2
+        assert segment.subtask == prompts.compact(episode.description)
+    assert set(flat.result) == FIELDS
+    assert set(flat.result["tokens_per_decision"]) == {"executor", "progress"}
+    subtasks = flat.result["subtasks"]
+    assert (subtasks["ends"], subtasks["count"], subtasks["ended_by"]["cap"]) == ("episode", 2, 0)
+
+
+def test_a_flat_agent_stays_flat_through_offline_rl_and_learns_no_planner(w, flat):
+    for folder, stage in ((flat.sft, "sft"), (flat.orl, "orl")):
+        meta = json.loads((folder / "policy.json").read_text())
+        assert (meta["flat"], meta["stage"]) == (True, stage)
+    values = metrics(flat.orl)
+    assert {name.split("/")[0] for name in values} == {"actor", "critic", "executor", "progress"}
+    assert all(math.isfinite(x) for series in values.values() for x in series)
+    assert all(t.abs().max() > 0 for name, t in adapter(flat.orl).items() if "lora_B" in name)
+    assert (
+        tensors(flat.orl)["adapter/shared/adapter_model.safetensors"]
+        != (tensors(flat.sft)["adapter/shared/adapter_model.safetensors"])
+    )
+
+
+def test_what_a_flat_agent_trains_on_is_what_it_played(w, flat):
+    """Its own prompts, so that what it sampled has the same probability in training."""
+    values = metrics(flat.orl)
+    first = [values[name][i] for name in values if name.endswith("/kl_sft") for i in range(3)]
+    assert first and max(map(abs, first)) < 1e-3
+    rolled = [t for e in flat.rolled for t in transitions(annotate.flat(e), flat=True)]
+    assert all(t.completion_ids for t in rolled) and {t.level for t in rolled} == {"executor", "progress"}
+
+
 # --- evaluation ---------------------------------------------------------------------------------------------
 def test_a_result_has_exactly_the_documented_fields(w):
     result = evaluate(w, "orl", checkpoint=w.orl)
@@ -366,12 +627,14 @@ def test_a_result_has_exactly_the_documented_fields(w):
     assert (result["agent"], result["stage"], result["checkpoint"]) == ("orl", "orl", str(w.orl))
     assert (result["seeds"], result["episodes"], result["max_steps"]) == ([0], 2, 5)
     assert set(result["per_type"]) == {task for task, _ in PANEL}
+    assert result["max_actions"] == 15
     assert set(result["tokens_per_decision"]) == set(LEVELS)
     low, high = result["ci95"]
     assert 0 <= low <= result["macro_mean"] <= high <= 100
     episodes = read_episodes(w.root / "eval/episodes/orl.jsonl")
     assert [(e.task, e.variation) for e in episodes] == PANEL, "in the order of the panel"
     assert result["scores"] == [e.score for e in episodes]
+    assert result["subtasks"] == completion.summary(episodes, "claim")
     assert result["mean_steps"] == sum(len(e.turns) for e in episodes) / 2
 
 
@@ -409,6 +672,13 @@ def test_the_random_agent_plays_valid_actions_from_its_seed(w):
     assert actions[0] == actions[1] != actions[2]
     assert not any(e.obs_after(t).startswith("No known action") for e in played for t in range(len(e.turns)))
     assert results[0]["scores"] == results[1]["scores"]
+
+
+def test_an_evaluation_ends_subtasks_as_it_is_told_and_says_so(w):
+    result = evaluate(w, "cap", checkpoint=w.orl, panel="one", ends="cap", max_actions=2)
+    (episode,) = read_episodes(w.root / "eval/episodes/cap.jsonl")
+    assert spans(episode) == [(0, 2), (2, 4), (4, 5)] and result["max_actions"] == 2
+    assert (result["subtasks"]["ends"], result["subtasks"]["ended_by"]["cap"]) == ("cap", 2)
 
 
 def test_zero_shot_is_the_backbone_without_an_adapter(w):
@@ -473,22 +743,27 @@ def command_line(monkeypatch, script, *args):
     return stop.value.code
 
 
-def test_mistakes_end_with_one_line_that_names_the_fix(w, tmp_path, monkeypatch):
+def test_mistakes_end_with_one_line_that_names_the_fix(w, tmp_path, monkeypatch, capsys):
     (w.root / "scienceworld_wrong_train.txt").write_text("lifespan-longest-lived 0\nmake-coffee 0\n")
     (w.root / "scienceworld_wrong_dev.txt").write_text("boil\n")
     damaged, bare = tmp_path / "damaged.jsonl", tmp_path / "bare.jsonl"
     damaged.write_text(w.gold.read_text().splitlines()[0] + '\n{"schema": 1, "env": "scie')
     write_episodes(bare, read_episodes(w.explore)[:1])
-    out, new = tmp_path / "out", tmp_path / "new.jsonl"
+    out, new, url = tmp_path / "out", tmp_path / "new.jsonl", "http://127.0.0.1:9/v1"
     common = ["--threads", 1, "--device", "cpu"]
     train = ["train_sft.py", "--model", w.base, "--out", out, *common]
     orl_run = ["train_orl.py", "--init", w.sft, "--expert", w.gold, "--out", out, *common]
     play = ["eval.py", "--out", tmp_path / "eval", "--name", "x", "--workers", 0, *common]
     make = ["collect.py", "--out", new, "--workers", 0, *common]
+    player = [*make, "--source", "policy", "--checkpoint", w.sft, "--panel", "one", "--max-steps", 1]
+    nobody = ["--judge", "chat", "--teacher-url", url]
     for command, message in [
         ([*make, "--panel", "wrong"], "unknown ScienceWorld task 'make-coffee'"),
         ([*make, "--panel", "nope"], "no panel 'scienceworld_nope_train'"),
         ([*make, "--source", "policy"], "--source policy needs --checkpoint"),
+        ([*make, "--judge", "chat"], "--judge chat needs --teacher-url URL"),
+        ([*player, *nobody], f"no answer from {url}/chat/completions"),
+        ([*player, "--judge-noise", 1.5], "the noise of the judge is 1.5, expected a probability, e.g. 0.1"),
         ([*make, "--source", "policy", "--checkpoint", out, "--panel", "tiny"], "no checkpoint at"),
         (["collect.py", "--out", damaged, "--panel", "tiny", *common], "damaged.jsonl:2: damaged JSON"),
         ([*train, "--data", tmp_path / "missing.jsonl"], "no trajectories at"),
@@ -508,7 +783,15 @@ def test_mistakes_end_with_one_line_that_names_the_fix(w, tmp_path, monkeypatch)
         assert isinstance(code, str) and code.startswith("error: "), command
         assert message in code and "\n" not in code, command
     assert not out.exists(), "a run that could not start leaves no folder behind"
+    assert not new.exists(), "nor does a collection leave a file"
     assert command_line(monkeypatch, *train, "--data", w.gold, "--gama", 1) == 2, "tyro refuses a typo"
+    for flag, value, message in [
+        ("--credit.noise", 2, "noise is 2.0, expected a probability"),
+        ("--rl.expectile", 1, "expectile is 1.0, expected in (0, 1)"),
+    ]:
+        capsys.readouterr()
+        assert command_line(monkeypatch, *orl_run, "--rollouts", w.rollouts, flag, value) == 2
+        assert message in capsys.readouterr().err, "tyro says so"
 
 
 def test_a_script_that_fails_says_so_on_stderr_and_exits_with_1(tmp_path):
