@@ -103,8 +103,12 @@ def test_the_paper_map_names_every_fault_of_a_release_that_is_put_back():
     cases = {case.fault for case in CASES}
     named = set(re.findall(r"\*([^*]+)\*", " ".join(re.findall(r"Put back: (.*)", MAP))))
     assert named - cases == set()
-    faults = {case.fault for case in CASES if re.match("GLIDER B|STEP-HRL", case.reference)}
+    faults = {case.fault for case in CASES if case.reference.startswith("R-")}
     assert faults - named == set()
+    for case in CASES:
+        for number in re.findall(r"R-\w+", case.reference):
+            (line,) = re.findall(rf"- \*\*{number}\. .*", MAP)
+            assert f"*{case.fault}*" in line, f"{number} does not name {case.fault!r}"
 
 
 def test_metrics_md_names_exactly_the_quantities_that_a_step_can_log():
