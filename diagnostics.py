@@ -53,7 +53,7 @@ def level_quantities(d, token_norm: str) -> dict[str, Tensor]:
         if rows.any():
             quantities[f"logp_{name}"] = logp[rows].sum() / d.tokens[rows].sum()
     sampled = d.behavior_logp.isfinite()
-    if sampled.any():  # E_{u ~ SFT}[log pi_SFT(u) - log pi(u)] = KL(pi_SFT || pi), per answer
+    if sampled.any():  # E_u[log pi_SFT(u) - log pi(u)]: KL(pi_SFT || pi) if u came at temperature 1
         quantities["kl_sft"] = (d.behavior_logp - logp)[sampled].mean()
     known = d.mc_return.isfinite()
     if known.any():

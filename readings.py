@@ -33,9 +33,7 @@ class RLConfig:
     polyak: float = 0.2  # share of the online heads that enters the target each step (GLIDER Table 5)
     actor: Actor = "awr"  # weight of a decision in L_pi: the table in actor_weight
     rl_levels: Trained = "all"  # "planner": the other levels clone the experts, as in GLIDER's code
-    temperature: float = (
-        0.99  # eq. 7's lambda (GLIDER Table 5), divides the advantage; inf: behaviour cloning
-    )
+    temperature: float = 0.99  # eq. 7's lambda (GLIDER Table 5), divides A; inf is behaviour cloning
     max_weight: float = 20.0  # ceiling of one decision's weight (STEP-HRL's code; GLIDER names none)
     td3_alpha: float = 2.5  # TD3+BC's alpha: weight of the policy gradient once Q is divided by mean |Q|
     token_norm: Literal["sum", "mean"] = "sum"  # log pi of a whole answer (eq. 7), or its mean per token
