@@ -52,7 +52,7 @@ def episode_seed(seed: int, *parts) -> int:
 
 
 class Player:
-    """One running episode and which role it waits for."""
+    """One running episode, and which of pi^h, pi^l, pi^p (STEP-HRL sec. 3) or the world it waits for."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class Player:
         self.pending: tuple[str, str, bool] | None = None  # raw_text, action, claimed_done
 
     def request(self) -> Request:
-        """The prompt of the role it waits for."""
+        """The state of pi^h, pi^l or pi^p, whichever it waits for, as a prompt  (progress.py)."""
         episode, t = self.episode, len(self.episode.turns)
         if self.waits_for == "planner":
             prompt = planner_prompt(episode, t, self.now.obs, self.history)
@@ -116,7 +116,7 @@ class Player:
         return None
 
     def stepped(self, result: StepResult, counts: Counts) -> None:
-        """The world answered the action."""
+        """The world answered a_t with o_{t+1} and r_t: kept as a turn, with the verdict on o_{t+1}."""
         raw_text, action, claimed = self.pending
         verified = bool(self.judge(self.subtask, result.obs))
         turn = Turn(
@@ -169,6 +169,9 @@ def rollout(
     counts: Counts | None = None,
 ) -> Iterator[Episode]:
     """Plays every (task, variation) of `panel` once, yields episodes as they end; a free slot takes the next.
+
+    g_k ~ pi^h, then (a_t, done_t) ~ pi^l and p_{t+1} ~ pi^p until the subtask ends  (STEP-HRL sec. 3; without
+    pi^p GLIDER sec. 3.2). An episode: N turns, K of them in a subtask, N + 1 observations.
 
     judge(subtask, resulting obs) -> completed? fills verified_done; it ends the subtask with ends="judge".
     max_actions: cap on the actions of one subtask.
