@@ -130,14 +130,14 @@ ALARMS = {
     ),
     "logp_expert": Alarm(
         20,
-        lambda x: _rise(-x) > 0.5,
-        "the policy forgets the experts (log-prob per token fell by over 0.5): lower --rl.actor-lr, or raise "
+        lambda x: _rise(-x) > 0.2,
+        "the policy forgets the experts (log-prob per token fell by over 0.2): lower --rl.actor-lr, or raise "
         "--expert-share; with --rl.actor signed_advantage this is how it ends",
     ),
     "kl_sft": Alarm(
         20,
-        lambda x: _rise(x) > 10,
-        "the policy has moved over 10 nats per answer from the one that played the rollouts: lower "
+        lambda x: _rise(x) > 1,
+        "the policy has moved over 1 nat per answer from the one that played the rollouts: lower "
         "--rl.actor-lr; with --rl.actor signed_advantage this is how it ends",
     ),
 }
