@@ -139,7 +139,10 @@ COLLAPSED = {
     "q_loss": [noisy(lambda t: 0.3 * math.exp(-20 * t) + 0.02 * math.exp(5 * t))],
     "mc_rank_corr": [noisy(lambda t: -0.6 * t, noise=0.4)],
     "logp_expert": [noisy(lambda t: -0.5 - 6 * t, noise=0.9)],
-    "kl_sft": [noisy(lambda t: 40 * t, noise=2.0), noisy(lambda t: 3 * t, noise=0.5)],  # the second as measured
+    "kl_sft": [
+        noisy(lambda t: 40 * t, noise=2.0),
+        noisy(lambda t: 3 * t, noise=0.5),  # as measured
+    ],
 }
 HEALTHY = {  # with the spread between batches that a small level has
     "ess_share": [
