@@ -122,11 +122,11 @@ def progress_text(subtask: str, previous: str, action: str, feedback: str) -> st
 
 
 # --- subtasks and their completion ------------------------------------------------------------------------
-_OPEN = r"(?:open (?!door).+\n)*"  # and _SELF: pouring a thing into itself, a habit of the gold paths
+_OPEN = r"(?:open (?!door).+\n)*"
 _SELF = r"(?:pour (?:(?P<self>.+?) in(?:to)? (?P=self)|metal pot .* into metal pot.*)\n)?"
 X, Y = "(?P<x>.+?)", "(?P<y>.+?)"
-# Per kind: how the coming actions look (one a line, marked BROKEN or REFUSED), the subtask's name, and its
-# completion: what the feedback says ({x}: a part of x), what a line of room or inventory shows. First wins.
+# Per kind: the coming actions (marked BROKEN or REFUSED; _SELF: poured into itself, as gold does),
+# the name, completion: what feedback says ({x}: a part of x), what room or inventory shows. First wins.
 # fmt: off
 KINDS = [
     (r"(?:.+ REFUSED\n)+", "try another action", "(?!)", ""),

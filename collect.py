@@ -70,7 +70,8 @@ def annotated_gold(pool: EnvPool, panel: list, config: Config) -> Iterator[Episo
     teacher, judge = teacher_of(config), judge_of(config)
     for episode in scripted.play_gold(pool, panel, config.env):
         if episode.success:
-            yield completion.rejudge(annotate.annotate(episode, teacher), judge)
+            annotated = annotate.annotate(episode, teacher)  # judged by the rules
+            yield annotated if judge is annotate.judge else completion.rejudge(annotated, judge)
         else:
             tqdm.write(
                 f"left out: the gold path of {episode.task} {episode.variation} "

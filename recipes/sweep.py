@@ -206,8 +206,8 @@ def show(arm: str, seed: int, plan: dict, c: Config) -> dict:
     shutil.copy(done.parent.parent / "episodes" / f"{done.stem}.jsonl", here / "episodes" / f"{file}.jsonl")
     if "orl" in plan:
         (here / file).mkdir(exist_ok=True)
-        for name in ("metrics.csv", "config.json"):
-            shutil.copy(plan["orl"][0].parent / name, here / file / name)
+        for part in ("metrics.csv", "config.json"):
+            shutil.copy(plan["orl"][0].parent / part, here / file / part)
     return row
 
 
