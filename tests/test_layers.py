@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     "envs prompts model logprob critic readings run scores",
-    "scienceworld_env progress",  # worlds use the interface in envs
+    "scienceworld_env logprob_triton progress",  # worlds use the interface in envs
     "data diagnostics",  # diagnostics reads the critic
     "batches annotate hierarchy",
     "labels scripted learner completion",  # checks of what annotate writes; players without a model
@@ -19,7 +19,10 @@ LAYERS = [
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 SCRIPTS = set(LAYERS[-1].split())
-ON_DEMAND = {("envs", "scienceworld_env")}  # make_world loads a world only when it is played
+ON_DEMAND = {  # make_world loads a world only when it is played; CUDA its kernel only where Triton is
+    ("envs", "scienceworld_env"),
+    ("logprob", "logprob_triton"),
+}
 MODULES = [name for name in LAYER if (ROOT / f"{name}.py").exists()]
 OWN = {path.stem for path in ROOT.glob("*.py")}
 FILES = [
