@@ -13,18 +13,19 @@ from math import nan
 import torch
 from torch import Tensor
 
+from candidates import pack
 from data import LEVELS, Transition
 
 
 @dataclass
 class Batch:
-    """B decisions as right-padded tokens; T: longest prompt + completion, T2: longest next prompt."""
+    """B decisions as right-padded tokens; T: longest row, T2: longest next prompt (candidates.pack)."""
 
-    input_ids: Tensor  # (B, T)
-    attention_mask: Tensor  # (B, T) bool
-    action_mask: Tensor  # (B, T) bool: the completion, its EOS included
+    input_ids: Tensor  # (B, T): prompt, completion with its EOS, and the policy's own answer if asked for
+    segment: Tensor  # (B, T): 0 on the prompt, 1 on the completion, 2 on that answer, -1 on padding
     state_index: Tensor  # (B,) last token of the prompt: V reads here
     action_index: Tensor  # (B,) last token of the completion: Q reads here
+    policy_index: Tensor  # (B,) last token of the policy's own answer; -1 where there is none
     next_ids: Tensor  # (B, T2)
     next_mask: Tensor  # (B, T2) bool
     next_index: Tensor  # (B,) last token of the next prompt
@@ -37,8 +38,16 @@ class Batch:
     expert: Tensor  # (B,) bool: an expert's decision, not a rollout's
     behavior_logp: Tensor  # (B,) log pi of the answer when it was sampled; nan for an expert
     mc_return: Tensor  # (B,) Monte-Carlo return; nan where it is not known
-    policy_ids: Tensor  # (B, T3) the prompt and an answer the policy samples now; T3 = 0: not asked for
-    policy_mask: Tensor  # (B, T3) bool: that answer, its EOS included
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """(B, T) bool: not padding."""
+        return self.segment >= 0
+
+    @property
+    def action_mask(self) -> Tensor:
+        """(B, T) bool: the completion, its EOS included."""
+        return self.segment == 1
 
     def to(self, device) -> "Batch":
         return Batch(*(getattr(self, f.name).to(device) for f in dataclasses.fields(self)))
@@ -89,20 +98,17 @@ def collate(
     follows = [t.follows if next_answers else None for t in items]
     answers = [encode(tokenizer, "", f.completion, f.completion_ids)[1] if f else [] for f in follows]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    input_ids, attention_mask = _pad([p + c for p, c in pairs], pad)
+    own = [policy_answers[id(t)] if policy_answers is not None else [] for t in items]
+    packed = pack([p for p, _ in pairs], [[c, u] for (_, c), u in zip(pairs, own, strict=True)], pad)
     next_ids, next_mask = _pad([n + a for n, a in zip(nexts, answers, strict=True)], pad)
-    state_index = torch.tensor([len(p) - 1 for p, _ in pairs])
-    policy_ids, policy_mask = torch.zeros(len(items), 0, dtype=torch.long), torch.zeros(len(items), 0).bool()
-    if policy_answers is not None:
-        sampled = [p + policy_answers[id(t)] for t, (p, _) in zip(items, pairs, strict=True)]
-        policy_ids, policy_mask = _pad(sampled, pad)
-        policy_mask = policy_mask & (torch.arange(policy_ids.shape[1]) > state_index[:, None])
     return Batch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        action_mask=attention_mask & (torch.arange(input_ids.shape[1]) > state_index[:, None]),
-        state_index=state_index,
+        input_ids=packed.input_ids,
+        segment=packed.segment,
+        state_index=torch.tensor([len(p) - 1 for p, _ in pairs]),
         action_index=torch.tensor([len(p) + len(c) - 1 for p, c in pairs]),
+        policy_index=torch.tensor(
+            [len(p) + len(c) + len(u) - 1 if u else -1 for (p, c), u in zip(pairs, own, strict=True)]
+        ),
         next_ids=next_ids,
         next_mask=next_mask,
         next_index=torch.tensor([len(n) - 1 for n in nexts]),
@@ -117,15 +123,17 @@ def collate(
         expert=torch.tensor([t.source == "expert" for t in items]),
         behavior_logp=torch.tensor([sum(t.behavior_logprobs) if t.behavior_logprobs else nan for t in items]),
         mc_return=torch.tensor([t.mc_return for t in items], dtype=torch.float32),
-        policy_ids=policy_ids,
-        policy_mask=policy_mask,
     )
 
 
-def micro_batches(items: list[Transition], tokenizer, max_tokens: int) -> list[list[Transition]]:
-    """Groups of like length, at most max_tokens padded tokens of prompt + answer each: little padding."""
+def micro_batches(
+    items: list[Transition], tokenizer, max_tokens: int, policy_answers: dict[int, list[int]] | None = None
+) -> list[list[Transition]]:
+    """Groups of like length, at most max_tokens padded tokens of prompt + answers each: little padding."""
     lengths = {
-        id(t): sum(map(len, encode(tokenizer, t.prompt, t.completion, t.completion_ids))) for t in items
+        id(t): sum(map(len, encode(tokenizer, t.prompt, t.completion, t.completion_ids)))
+        + (len(policy_answers[id(t)]) if policy_answers else 0)
+        for t in items
     }
     groups, width = [[]], 0
     for item in sorted(items, key=lambda t: lengths[id(t)]):

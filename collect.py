@@ -47,7 +47,7 @@ class Config:
     slots: int = 32  # episodes played at once
     workers: int = 2  # simulator processes
     seed: int = 0  # of sampling and exploration
-    threads: int = 2  # CPU threads of the policy
+    threads: int = 0  # CPU threads of the policy; 0 leaves it to torch: all cores
     device: str = "auto"
     teacher_url: str = (
         ""  # OpenAI-compatible endpoint that annotates gold paths (and, with --judge chat, judges)
@@ -110,7 +110,7 @@ def duplicates(episodes: list[Episode]) -> float:
 
 
 def main(config: Config) -> None:
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
     if config.source == "policy" and config.checkpoint is None:
         raise ValueError("--source policy needs --checkpoint FOLDER: train one with train_sft.py")
     if config.judge == "chat" and not config.teacher_url:

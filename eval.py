@@ -21,10 +21,12 @@ import annotate
 import completion
 import scores
 import scripted
+from candidates import BestOfK
+from critic import load_critics
 from data import Episode, write_episodes
 from envs import EnvPool, read_panel
 from hierarchy import Counts, Ends, rollout
-from model import Policy, file_hash, fingerprint, load_backbone, load_policy
+from model import Policy, file_hash, fingerprint, lm_of, load_backbone, load_policy
 from run import fail, pick_device, provenance
 
 RESULTS = Path(__file__).parent / "results"
@@ -47,10 +49,11 @@ class Config:
     ends: Ends = "claim"  # what ends a subtask; a flat policy has none
     max_actions: int = 15  # cap on the actions of one subtask; with --ends cap its length
     temperature: float = 0.0  # 0 is greedy
+    candidates: int = 1  # above 1: the greedy answer and others sampled compete, the highest Q(s,a) acts
     seed: int = 0  # of sampling and of the random agent
     slots: int = 40  # episodes played at once
     workers: int = 2  # simulator processes
-    threads: int = 2  # CPU threads of the policy
+    threads: int = 0  # CPU threads of the policy; 0 leaves it to torch: all cores
     device: str = "auto"
     reason: str = ""  # why a test split is evaluated; required for it
 
@@ -70,11 +73,17 @@ def play(config: Config, panel: list, pool: EnvPool, counts: Counts) -> tuple[li
         device = pick_device(config.device)
         if config.agent == "policy":
             model, tokenizer, meta = load_policy(config.checkpoint, device)
+            if config.candidates > 1 and meta.get("features") == "frozen":
+                raise ValueError("these critics read features without the adapter: leave out --candidates")
         else:
             model, tokenizer = load_backbone(config.model, device)
             meta |= {"model": config.model, "base": fingerprint(model, tokenizer)}
+        policy = Policy(model.eval(), tokenizer, config.temperature)
+        if config.candidates > 1:
+            critics = load_critics(config.checkpoint / "critic.safetensors", lm_of(model).config.hidden_size)
+            policy = BestOfK(model, tokenizer, critics.to(device), config.candidates)
         stream = rollout(
-            pool, panel, Policy(model.eval(), tokenizer, config.temperature), annotate.judge, env=config.env,
+            pool, panel, policy, annotate.judge, env=config.env,
             history=meta["history"], ends=ends_of(config, meta), max_actions=config.max_actions,
             seed=config.seed, source=meta["stage"], counts=counts,
         )  # fmt: skip
@@ -83,13 +92,15 @@ def play(config: Config, panel: list, pool: EnvPool, counts: Counts) -> tuple[li
 
 
 def main(config: Config) -> dict:
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
     if config.agent == "policy" and config.checkpoint is None:
         raise ValueError("--agent policy needs --checkpoint FOLDER: train one with train_sft.py")
     if config.split == "test" and not config.reason:
         raise ValueError(
             "a test split is reported once: say --reason '...'; choose between checkpoints on --split dev"
         )
+    if config.candidates > 1 and (config.agent != "policy" or config.temperature):
+        raise ValueError("--candidates needs --agent policy, and --temperature 0: it samples at 1 by itself")
     panel = read_panel(config.env, config.panel, config.split, config.limit)
     counts, began = Counts(), time.time()
     with EnvPool(config.env, config.slots, config.workers, config.max_steps) as pool:

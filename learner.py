@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from batches import Batch
+from candidates import predictor, tree_attention
 from critic import (
     Critics,
     awr_weight,
@@ -27,9 +28,10 @@ from diagnostics import level_quantities
 from logprob import head_weight, sequence_logprobs
 from model import without_adapters
 from readings import RLConfig
+from run import gather, sum_gradients, sum_over_processes
 
-# (policy, input_ids (B, T), level (B,)) -> what lm_head reads (B, T, D)
-HiddenFn = Callable[[nn.Module, Tensor, Tensor], Tensor]
+# (policy, input_ids (B, T), level (B,), **inputs of packed rows) -> what lm_head reads (B, T, D)
+HiddenFn = Callable[..., Tensor]
 
 
 class Decisions(NamedTuple):
@@ -117,9 +119,34 @@ def losses(d: Decisions, config: RLConfig, count: int, q_scale: float = 1.0) -> 
     return terms
 
 
-def _last(mask: Tensor) -> Tensor:
-    """(B, T) bool -> (B,): the last true column of each row, where the count stops growing."""
-    return mask.cumsum(1).argmax(1)
+# --- what the heads read ------------------------------------------------------------------------------------
+def at_columns(hidden: Tensor, columns: Tensor) -> Tensor:
+    """hidden (B, T, D) at columns (B, k) of each row -> (B, k, D)."""
+    return hidden[torch.arange(len(hidden), device=hidden.device)[:, None], columns]
+
+
+class FrozenFeatures:
+    """Hidden states of the backbone without its adapter, after a sequence of tokens: each computed once.
+
+    They never change, so the tokens themselves are the key: an epoch later nothing is computed, and the next
+    prompt of one decision is the prompt of another.
+    """
+
+    def __init__(self, policy: nn.Module, hidden_fn: HiddenFn):
+        self.policy, self.hidden_fn, self.known = policy, hidden_fn, {}
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor, columns: Tensor, level: Tensor) -> Tensor:
+        """ids (B, T), columns (B, k) -> (B, k, D); only rows with something new go through the backbone."""
+        tokens, ends = ids.cpu().numpy(), columns.tolist()
+        keys = [[tokens[row, : end + 1].tobytes() for end in ends[row]] for row in range(len(ids))]
+        new = [row for row, own in enumerate(keys) if not self.known.keys() >= set(own)]
+        if new:
+            with without_adapters(self.policy):
+                hidden = self.hidden_fn(self.policy, ids[new], level[new])
+            for row, features in zip(new, at_columns(hidden, columns[new]), strict=True):
+                self.known.update(zip(keys[row], features, strict=True))
+        return torch.stack([torch.stack([self.known[key] for key in own]) for own in keys])
 
 
 # --- the step ---------------------------------------------------------------------------------------------
@@ -142,6 +169,7 @@ class Learner:
         if config.features == "frozen" and not hasattr(policy, "peft_config"):
             raise ValueError("features='frozen' needs an adapter to leave out: train with --rank above 0")
         head_weight(policy.get_output_embeddings(), policy.config)  # an unusable head is refused now
+        self.frozen = FrozenFeatures(policy, hidden_fn)
         self.actor_optimizer = torch.optim.AdamW(self.actor_parameters, lr=config.actor_lr)
         self.critic_optimizer = torch.optim.AdamW(self.critic_parameters, lr=config.critic_lr)
 
@@ -153,7 +181,7 @@ class Learner:
         train_actor=False warms the critics up: no gradient through the backbone, the policy stays as it is.
         V, Q and policy all read the parameters from before the step.
         """
-        count = sum(len(batch.level) for batch in batches)
+        count = round(sum_over_processes(sum(len(batch.level) for batch in batches)))
         self.actor_optimizer.zero_grad()
         self.critic_optimizer.zero_grad()
         q_scale = self._mean_absolute_q(batches) if self.config.actor == "td3_bc" and train_actor else 1.0
@@ -161,15 +189,16 @@ class Learner:
         for batch in batches:
             decisions = self.decide(batch, train_actor)
             sum(losses(decisions, self.config, count, q_scale).values()).backward()
-            seen.append(Decisions(*(column.detach() for column in decisions)))
+            seen.append(Decisions(*(column.detach().cpu() for column in decisions)))
 
+        sum_gradients(self.critic_parameters + self.actor_parameters)
         metrics = {"critic/grad_norm": self._clip(self.critic_parameters)}
         if train_actor:
             metrics["actor/grad_norm"] = self._clip(self.actor_parameters)
             self.actor_optimizer.step()
         self.critic_optimizer.step()
         self.critics.update_target(self.config.polyak)
-        whole = Decisions(*(torch.cat(column) for column in zip(*seen, strict=True)))
+        whole = Decisions(*(torch.cat(column) for column in zip(*gather(seen), strict=True)))
         for index, name in enumerate(LEVELS):
             own = Decisions(*(column[whole.level == index] for column in whole))
             if len(own.level):
@@ -179,23 +208,24 @@ class Learner:
         return metrics
 
     def decide(self, batch: Batch, train_actor: bool = True) -> Decisions:
-        """One forward on prompt + answer gives V(s), Q(s,a) and log pi(a|s), one on the next prompt V(s')."""
-        config, critics, level = self.config, self.critics, batch.level
-        rows, tokens = torch.arange(len(level), device=level.device), batch.action_mask.sum(1)
-        hidden, logp = self._read(batch.input_ids, batch.action_mask, level, train_actor)
-        state, action = hidden[rows, batch.state_index], hidden[rows, batch.action_index]  # (B, D) each
-        v, q = critics.v(state, level), critics.q(action, level)  # (B,)
-        target_q = critics.target_q(action, level)
+        """One forward on prompt and answers: V(s), Q(s,a), log pi(a|s); one on the next prompt: V(s')."""
+        config, critics, level, segment = self.config, self.critics, batch.level, batch.segment
+        tokens, inputs = batch.action_mask.sum(1), self._inputs(batch)
+        with torch.set_grad_enabled(train_actor):
+            hidden = self.hidden_fn(self.policy, batch.input_ids, level, **inputs)  # (B, T, D)
+            weight, bias = head_weight(self.policy.get_output_embeddings())
+            per_token, _ = sequence_logprobs(
+                hidden, weight, batch.input_ids, segment > 0, predictor(segment), bias=bias
+            )
+        logp = torch.where(segment == 1, per_token, 0.0).sum(1)  # (B,)
+        state, action, *policy_action = self._features(batch, hidden)  # (B, D) each
+        v, q, target_q = critics.v(state, level), critics.q(action, level), critics.target_q(action, level)
         v_target, policy_q, policy_logp = target_q, torch.zeros_like(q), torch.zeros_like(q)
         if config.samples_answers:
-            if batch.policy_ids.shape[1] == 0:
-                raise ValueError("this reading needs answers of the policy: collate(..., policy_answers=...)")
-            train_this = train_actor and config.actor == "td3_bc"
-            hidden, policy_logp = self._read(batch.policy_ids, batch.policy_mask, level, train_this)
-            policy_action = hidden[rows, _last(batch.policy_mask)]  # (B, D)
-            policy_q = critics.q(policy_action, level)
+            policy_q = critics.q(*policy_action, level)
+            policy_logp = torch.where(segment == 2, per_token, 0.0).sum(1)
             if config.value_answers == "policy":
-                v_target = critics.target_q(policy_action, level)
+                v_target = critics.target_q(*policy_action, level)
         if config.value_reads == "prompt":
             v_target = critics.target_q(state, level)
         discount = bootstrap_discount(config.gamma, batch.steps, config.discount)
@@ -217,24 +247,31 @@ class Learner:
             mc_return=batch.mc_return,
         )
 
-    def _read(self, ids: Tensor, action_mask: Tensor, level: Tensor, train_actor: bool):
-        """ids (B, T) -> features of the critics (B, T, D), log pi of the answers (B,), summed over tokens.
-
-        Features are constants of the critic losses: the backbone learns from the actor loss alone.
-        """
-        with torch.set_grad_enabled(train_actor):
-            hidden = self.hidden_fn(self.policy, ids, level)  # (B, T, D)
-            weight, bias = head_weight(self.policy.get_output_embeddings())
-            _, logp = sequence_logprobs(hidden, weight, ids, action_mask, bias=bias)
-        return hidden.detach() if self.config.features == "adapted" else self._features(ids, level), logp
+    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """Mask and positions of rows that hold a second answer to the prompt, the policy's own."""
+        if not self.config.samples_answers:
+            return {}
+        if (batch.policy_index < 0).any():
+            raise ValueError("this reading needs answers of the policy: collate(..., policy_answers=...)")
+        return tree_attention(self.policy, batch.segment)
 
     @torch.no_grad()
-    def _features(self, ids: Tensor, level: Tensor) -> Tensor:
-        """(B, T) -> (B, T, D), what the heads read, without a gradient."""
-        if self.config.features == "adapted":
-            return self.hidden_fn(self.policy, ids, level)
-        with without_adapters(self.policy):
-            return self.hidden_fn(self.policy, ids, level)
+    def _features(self, batch: Batch, adapted: Tensor | None = None) -> tuple[Tensor, ...]:
+        """What the heads read of s, of a and, if asked for, of the policy's answer: (B, D) each, constants.
+
+        The backbone learns from the actor loss alone. adapted: the actor's hidden states (B, T, D), if known.
+        """
+        columns, ids = torch.stack([batch.state_index, batch.action_index], 1), batch.input_ids  # (B, 2)
+        if self.config.features == "frozen" and not self.config.samples_answers:
+            return self.frozen(ids, columns, batch.level).unbind(1)
+        if self.config.samples_answers:
+            columns = torch.cat([columns, batch.policy_index[:, None]], 1)  # (B, 3)
+        if self.config.features == "frozen":
+            with without_adapters(self.policy):
+                adapted = self.hidden_fn(self.policy, ids, batch.level, **self._inputs(batch))
+        elif adapted is None:
+            adapted = self.hidden_fn(self.policy, ids, batch.level, **self._inputs(batch))
+        return at_columns(adapted, columns).unbind(1)
 
     def _next_value(self, batch: Batch) -> Tensor:
         """(B,): V_target(s'), or Q_target(s',a'). 0 if terminated, and for Q where the data stop (GLIDER)."""
@@ -246,18 +283,20 @@ class Learner:
         (rows,) = follows.nonzero(as_tuple=True)
         if len(rows):
             level = batch.next_level[rows]
-            hidden = self._features(batch.next_ids[rows], level)  # (rows, T2, D)
-            value[rows] = read(hidden[torch.arange(len(rows), device=rows.device), at[rows]], level)
+            ids, columns = batch.next_ids[rows], at[rows, None]
+            if self.config.features == "frozen":
+                features = self.frozen(ids, columns, level)  # (rows, 1, D)
+            else:
+                features = at_columns(self.hidden_fn(self.policy, ids, level), columns)
+            value[rows] = read(features[:, 0], level)
         return value
 
     def _mean_absolute_q(self, batches: list[Batch]) -> float:
         """mean |Q(s,u)| of the whole batch, before any of it is trained on, so that its parts agree on it."""
-        total = 0.0
+        total, count = 0.0, sum(len(batch.level) for batch in batches)
         for batch in batches:
-            hidden = self._features(batch.policy_ids, batch.level)
-            action = hidden[torch.arange(len(hidden), device=hidden.device), _last(batch.policy_mask)]
-            total += self.critics.q(action, batch.level).abs().sum().item()
-        return max(total / sum(len(batch.level) for batch in batches), 1e-3)
+            total += self.critics.q(self._features(batch)[2], batch.level).abs().sum().item()
+        return max(sum_over_processes(total) / sum_over_processes(count), 1e-3)
 
     def _clip(self, parameters: list[nn.Parameter]) -> float:
         """Clips in place; returns the norm from before. nan or inf stops the run first."""

@@ -55,17 +55,21 @@ def load_backbone(model: str, device: str = "cpu", gradient_checkpointing: bool 
         lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **attention(device)).to(device)
     except OSError as error:  # transformers says it in several lines
         reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"cannot load the model {model}: {reason} Give a folder with model and tokenizer, or a hub id"
-        ) from None
+        fix = "Give a folder with model and tokenizer, or a hub id"
+        raise ValueError(f"cannot load the model {model}: {reason} {fix}") from None
     if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"the tokenizer of {model} has no EOS token: answers could never end; set tokenizer.eos_token"
-        )
+        fix = "answers could never end; set tokenizer.eos_token"
+        raise ValueError(f"the tokenizer of {model} has no EOS token: {fix}")
     if gradient_checkpointing:
         lm.gradient_checkpointing_enable()
         lm.enable_input_require_grads()
     return lm, tokenizer
+
+
+def refuse_checkpointing(adapters: str) -> None:
+    """ValueError for separate adapters: the second forward, in backward, would run with the last role's."""
+    if adapters == "separate":
+        raise ValueError("--gradient-checkpointing needs one adapter for all roles: use --adapters shared")
 
 
 def add_lora(
@@ -127,11 +131,11 @@ def lm_of(model):
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def hidden_states(model, input_ids: Tensor, level: Tensor | None = None, precision: str = "fp32") -> Tensor:
+def hidden_states(model, input_ids: Tensor, level: Tensor | None = None, precision: str = "fp32", **inputs):
     """Final-layer normed hidden states (B, T, D) of right-padded ids (B, T).
 
     level (B,) picks among separate adapters. Right padding follows every real token and attention is causal,
-    so no mask is needed and the fast kernel is used.
+    so no mask is needed and the fast kernel is used; `inputs` (B, ...) are for packed rows (candidates.py).
     precision="bf16" runs the matrix products in bfloat16; the result is in the dtype of the head.
     """
     lm = lm_of(model)
@@ -140,13 +144,15 @@ def hidden_states(model, input_ids: Tensor, level: Tensor | None = None, precisi
         input_ids.device.type, torch.bfloat16, enabled=precision == "bf16" and dtype == torch.float32
     ):
         if not is_separate(model):
-            return trunk(input_ids=input_ids, use_cache=False).last_hidden_state.to(dtype)
+            return trunk(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state.to(dtype)
         parts, order = [], []
         for index, name in enumerate(ROLES):
             rows = (level == index).nonzero().squeeze(1)
             if len(rows):
                 use_adapter(model, name)
-                parts.append(trunk(input_ids=input_ids[rows], use_cache=False).last_hidden_state.to(dtype))
+                own = {"input_ids": input_ids, **inputs}
+                own = {name: value[rows] for name, value in own.items()}
+                parts.append(trunk(use_cache=False, **own).last_hidden_state.to(dtype))
                 order.append(rows)
         return torch.cat(parts)[torch.cat(order).argsort()]
 
@@ -203,12 +209,15 @@ class Policy:
         self.temperature = dict.fromkeys(ROLES, temperature * planning_ratio) | {"executor": temperature}
         self.seconds = 0.0
 
+    def encode(self, prompt: str) -> list[int]:
+        """Prompt ids, with BOS where the tokenizer has one."""
+        bos = [self.tokenizer.bos_token_id] if self.tokenizer.bos_token_id is not None else []
+        return bos + self.tokenizer(prompt, add_special_tokens=False).input_ids
+
     def answer(self, requests: list[Request]) -> list[Answer]:
         """One answer per request; prompts share batches whatever their roles, if one adapter serves them."""
-        began, tokenizer = time.perf_counter(), self.tokenizer
-        bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-        prompts = [bos + tokenizer(r.prompt, add_special_tokens=False).input_ids for r in requests]
-        answers = {}
+        began, answers = time.perf_counter(), {}
+        prompts = [self.encode(r.prompt) for r in requests]
         for adapter in ROLES if is_separate(self.model) else [SHARED]:
             rows = [i for i, r in enumerate(requests) if adapter in (SHARED, r.role)]
             if is_separate(self.model):
@@ -232,11 +241,8 @@ class Policy:
             torch.Generator().manual_seed(r.seed) if t > 0 else None
             for r, t in zip(requests, temperature, strict=True)
         ]
-        lm, cache, running = (
-            lm_of(self.model),
-            None,
-            torch.ones(len(requests), dtype=torch.bool, device=device),
-        )
+        running = torch.ones(len(requests), dtype=torch.bool, device=device)
+        lm, cache = lm_of(self.model), None
         tokens, logprobs = [], []
         for length in range(1, int(limits.max()) + 1):
             out = lm(
@@ -244,6 +250,9 @@ class Policy:
                 past_key_values=cache, use_cache=True, logits_to_keep=1,
             )  # fmt: skip
             cache, logp = out.past_key_values, out.logits[:, -1].float().log_softmax(-1)  # (B, V)
+            if cache is None or cache.get_seq_length() != mask.shape[1]:
+                fix = "gradient checkpointing drops it in training, call model.eval() before sampling"
+                raise ValueError(f"the model kept no key-value cache and would forget its prompt: {fix}")
             token = self._draw(logp, temperature, noise)
             tokens.append(torch.where(running, token, -1))
             logprobs.append(logp.gather(1, token[:, None]).squeeze(1))
@@ -294,7 +303,9 @@ def save_policy(model, folder: Path, meta: dict) -> None:
     (folder / "policy.json").write_text(json.dumps(meta, indent=2) + "\n")
 
 
-def load_policy(folder: Path, device: str = "cpu", trainable: bool = False):
+def load_policy(
+    folder: Path, device: str = "cpu", trainable: bool = False, gradient_checkpointing: bool = False
+):
     """(model, tokenizer, meta) of a checkpoint folder; refuses a base that the adapter was not trained on."""
     folder = Path(folder)
     if not (folder / "policy.json").exists():
@@ -302,7 +313,9 @@ def load_policy(folder: Path, device: str = "cpu", trainable: bool = False):
             f"no checkpoint at {folder}: train one with train_sft.py, or give a folder that holds policy.json"
         )
     meta = json.loads((folder / "policy.json").read_text())
-    lm, tokenizer = load_backbone(meta["model"], device)
+    if gradient_checkpointing:
+        refuse_checkpointing(meta["adapters"])
+    lm, tokenizer = load_backbone(meta["model"], device, gradient_checkpointing)
     if (found := fingerprint(lm, tokenizer)) != meta["base"]:
         raise ValueError(
             f"{folder} was trained on base {meta['base']}, but {meta['model']} is {found}: "
@@ -313,6 +326,8 @@ def load_policy(folder: Path, device: str = "cpu", trainable: bool = False):
             folder / "adapter", dtype=torch.float32 if trainable else lm.dtype, **attention(device)
         )
         model = weights.to(device)
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable()
     else:
         names = [SHARED] if meta["adapters"] == "shared" else list(ROLES)
         model = PeftModel.from_pretrained(

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
 
 PACKAGES = ("torch", "transformers", "peft", "numpy", "scienceworld", "tokenizers")
 
@@ -53,13 +55,51 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+# --- one process or several: each takes its share of every batch, sums go over all -------------------------
+def processes() -> PartialState:
+    """This process among those that `accelerate launch` started; alone without it."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
 def pick_device(device: str = "auto") -> str:
-    """ "auto" is CUDA when there is one."""
+    """ "auto" is CUDA when there is one; one of several processes gets its own."""
+    if processes().num_processes > 1:
+        return str(processes().device)
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def own_share(parts: list) -> list:
+    """Every n-th of the parts of a batch, which all n processes drew alike."""
+    return parts[processes().process_index :: processes().num_processes]
+
+
+def gather(items: list) -> list:
+    """The items of all processes, in their order."""
+    return gather_object(items)
+
+
+def sum_over_processes(value: float) -> float:
+    """The sum of a number over all processes."""
+    return reduce(torch.tensor(value, dtype=torch.float64, device=processes().device), "sum").item()
+
+
+def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Sums gradients over processes, in place; a parameter that none of them used keeps None, so no step.
+
+    Losses are sums / the global count, so that n processes compute what one does.
+    """
+    if processes().num_processes == 1:
+        return
+    used = torch.tensor([float(p.grad is not None) for p in parameters], device=processes().device)
+    for parameter, count in zip(parameters, reduce(used, "sum").tolist(), strict=True):
+        if count:
+            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = reduce(own, "sum")
+
+
+# --- the folder -------------------------------------------------------------------------------------------
 def seed_everything(seed: int) -> None:
     """Python, NumPy and torch (all devices)."""
     random.seed(seed)
@@ -68,10 +108,20 @@ def seed_everything(seed: int) -> None:
 
 
 class Run:
-    """The folder of one training run; without `resume`, a folder that already holds a run is refused."""
+    """The folder of one training run; without `resume`, a folder that already holds a run is refused.
+
+    Of several processes the first one writes; all read its state.
+    """
 
     def __init__(self, folder: Path, config, resume: bool = False):
-        self.folder, self.config = Path(folder), config
+        self.folder, self.config, self.writes = Path(folder), config, processes().is_main_process
+        self.metrics = self.folder / "metrics.csv"
+        if self.writes:
+            self._open(resume)
+        processes().wait_for_everyone()
+        seed_everything(config.seed)
+
+    def _open(self, resume: bool) -> None:
         if (self.folder / "config.json").exists() and not resume:
             raise ValueError(
                 f"{self.folder} already holds a run: add --resume to go on with it, or choose another --out"
@@ -79,11 +129,9 @@ class Run:
         if (self.folder / "config.json").exists():
             self._same_config(json.loads((self.folder / "config.json").read_text()))
         self.folder.mkdir(parents=True, exist_ok=True)
-        seed_everything(config.seed)
-        record = dataclasses.asdict(config) | {"provenance": provenance()}
+        record = dataclasses.asdict(self.config) | {"provenance": provenance()}
         text = json.dumps(record, indent=2, default=str)
         (self.folder / "config.json").write_text(text + "\n")
-        self.metrics = self.folder / "metrics.csv"
         if not self.metrics.exists():
             self.metrics.write_text("step,metric,value\n")
 
@@ -98,11 +146,16 @@ class Run:
             )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Appends a step's metrics to metrics.csv."""
+        if not self.writes:
+            return
         with self.metrics.open("a", newline="") as file:
             csv.writer(file).writerows((step, name, f"{value:.6g}") for name, value in metrics.items())
 
     def save_state(self, step: int, **state) -> None:
         """Writes state.pt in one move, so that a crash leaves the last whole state."""
+        if not self.writes:
+            return
         state |= {"step": step, "torch_rng": torch.get_rng_state()}
         part = self.folder / "state.part"
         torch.save(state, part)
@@ -117,6 +170,9 @@ class Run:
         if path.exists():
             state = torch.load(path, weights_only=True, map_location="cpu")
             torch.set_rng_state(state["torch_rng"])
+        processes().wait_for_everyone()
+        if not self.writes:
+            return state
         with self.metrics.open(newline="") as file:
             header, *rows = csv.reader(file)
         step = state["step"] if state else 0

@@ -6,6 +6,7 @@
 Starts from the SFT adapter. The gradient step itself (IQL critic, AWR actor) is learner.py.
 """
 
+import functools
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from hierarchy import MAX_NEW_TOKENS, episode_seed
 from learner import Learner
 from model import Policy, Request, hidden_states, lm_of, load_policy, save_policy, trainable_state
 from readings import PRESETS, RLConfig
-from run import Run, fail, pick_device
+from run import Run, fail, gather, own_share, pick_device
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,10 @@ class Config:
     batch_size: int = 64  # decisions per step
     tokens_per_forward: int = 4096  # padded tokens of a micro-batch
     precision: Literal["bf16", "fp32"] = "bf16"  # of the matrix products; weights stay fp32 on CPU
+    gradient_checkpointing: bool = False  # less memory, more time
     save_every: int = 50  # steps between states for --resume
     seed: int = 0
-    threads: int = 2  # CPU threads
+    threads: int = 0  # CPU threads; 0 leaves it to torch: all cores
     device: str = "auto"
     resume: bool = False  # go on with an interrupted run
 
@@ -78,29 +80,35 @@ def sample_answers(policy, tokenizer, items: list[Transition], seed: int) -> dic
 
     A decision drawn twice in a batch has one answer.
     """
+    policy.eval()  # in training, gradient checkpointing would drop the key-value cache
     player = Policy(policy, tokenizer, temperature=1.0, planning_ratio=1.0)
     requests = [
         Request(t.level, t.prompt, MAX_NEW_TOKENS[t.level], episode_seed(seed, i))
         for i, t in enumerate(items)
     ]
-    return {id(t): answer.ids for t, answer in zip(items, player.answer(requests), strict=True)}
+    mine = own_share(list(range(len(items))))
+    answers = player.answer([requests[i] for i in mine])
+    ids = dict(gather([(i, answer.ids) for i, answer in zip(mine, answers, strict=True)]))
+    policy.train()
+    return {id(t): ids[i] for i, t in enumerate(items)}
 
 
 def main(config: Config) -> None:
     config = with_preset(config)
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
     device = pick_device(config.device)
-    policy, tokenizer, meta = load_policy(config.init, device, trainable=True)
+    policy, tokenizer, meta = load_policy(config.init, device, True, config.gradient_checkpointing)
     pools = {name: load_decisions(getattr(config, name), meta, config) for name in ("expert", "rollouts")}
-    print({name: len(pool) for name, pool in pools.items()})
     shares = {"expert": config.expert_share, "rollouts": config.rollout_share}
     sampler = Mixture(pools, {name: share for name, share in shares.items() if share > 0}, config.seed)
     run = Run(
         config.out, config, config.resume
     )  # seeds; after the inputs are read, so a wrong path leaves no folder
+    if run.writes:
+        print({name: len(pool) for name, pool in pools.items()})
     critics = Critics(lm_of(policy).config.hidden_size).to(device)
     learner = Learner(
-        policy, critics, lambda m, ids, level: hidden_states(m, ids, level, config.precision), config.rl
+        policy, critics, functools.partial(hidden_states, precision=config.precision), config.rl
     )
     start = 0
     if state := run.load_state():
@@ -117,11 +125,9 @@ def main(config: Config) -> None:
         )  # fmt: skip
 
     watch = Watch()
-    bar, began, step = (
-        tqdm(range(start, config.steps), initial=start, total=config.steps, desc="orl"),
-        time.time(),
-        start,
-    )
+    steps = range(start, config.steps)
+    bar = tqdm(steps, initial=start, total=config.steps, desc="orl", disable=not run.writes)
+    began, step = time.time(), start
     try:
         for step in bar:
             items = sampler.batch(config.batch_size)
@@ -130,11 +136,11 @@ def main(config: Config) -> None:
                 answers = sample_answers(policy, tokenizer, items, episode_seed(config.seed, step))
             batches = [
                 collate(part, tokenizer, config.rl.bootstrap == "next_q", answers).to(device)
-                for part in micro_batches(items, tokenizer, config.tokens_per_forward)
+                for part in own_share(micro_batches(items, tokenizer, config.tokens_per_forward, answers))
             ]
             metrics = learner.update(batches, train_actor=step >= config.warmup_steps)  # V, Q, policy, target
             run.log(step + 1, metrics)
-            for alarm in watch(metrics):
+            for alarm in watch(metrics) if run.writes else ():
                 tqdm.write(f"alarm at step {step + 1}: {alarm}")
             bar.set_postfix(
                 {k: f"{metrics[k]:.3f}" for k in ("executor/q_loss", "executor/actor_loss") if k in metrics}
@@ -144,9 +150,11 @@ def main(config: Config) -> None:
     except KeyboardInterrupt:
         raise SystemExit(f"stopped at step {step}; go on with --resume") from None
     save(config.steps)
-    save_policy(policy, config.out, meta | {"stage": "orl", "steps": config.steps})
-    save_critics(critics, config.out / "critic.safetensors")
-    print(f"saved {config.out} after {(time.time() - began) / 60:.1f} min")
+    if run.writes:
+        meta |= {"stage": "orl", "steps": config.steps, "features": config.rl.features}
+        save_policy(policy, config.out, meta)
+        save_critics(critics, config.out / "critic.safetensors")
+        print(f"saved {config.out} after {(time.time() - began) / 60:.1f} min")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,16 @@ from annotate import flat
 from batches import Mixture, collate, micro_batches
 from data import LEVELS, Transition, read_episodes, transitions
 from logprob import head_weight, sequence_logprobs
-from model import add_lora, fingerprint, hidden_states, load_backbone, save_policy, trainable_state
-from run import Run, fail, pick_device
+from model import (
+    add_lora,
+    fingerprint,
+    hidden_states,
+    load_backbone,
+    refuse_checkpointing,
+    save_policy,
+    trainable_state,
+)
+from run import Run, fail, own_share, pick_device, sum_gradients, sum_over_processes
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class Config:
     gradient_checkpointing: bool = False  # less memory, more time
     save_every: int = 100  # steps between states for --resume
     seed: int = 0
-    threads: int = 2  # CPU threads
+    threads: int = 0  # CPU threads; 0 leaves it to torch: all cores
     device: str = "auto"
     resume: bool = False  # go on with an interrupted run
 
@@ -71,12 +79,9 @@ def sft_loss(policy, batch, count: int, precision: str) -> torch.Tensor:
 
 
 def main(config: Config) -> None:
-    torch.set_num_threads(config.threads)
-    if config.gradient_checkpointing and config.adapters == "separate":
-        raise ValueError(
-            "--gradient-checkpointing runs each forward twice, the second time with the adapter of the last "
-            "role: choose --adapters shared"
-        )
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    if config.gradient_checkpointing:
+        refuse_checkpointing(config.adapters)
     device = pick_device(config.device)
     lm, tokenizer = load_backbone(config.model, device, config.gradient_checkpointing)
     if config.rank == 0:
@@ -95,7 +100,8 @@ def main(config: Config) -> None:
     policy = add_lora(lm, config.rank, config.targets, config.adapters).train()
     steps = round(config.epochs * len(decisions) / config.batch_size) or int(config.epochs > 0)
     counts = {level: sum(t.level == level for t in decisions) for level in LEVELS}
-    print(f"{len(decisions)} decisions {counts}, {steps} steps on {device}")
+    if run.writes:
+        print(f"{len(decisions)} decisions {counts}, {steps} steps on {device}")
 
     parameters = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0)
@@ -114,17 +120,20 @@ def main(config: Config) -> None:
             sampler=sampler.state_dict(),
         )
 
-    bar, began, step = tqdm(range(start, steps), initial=start, total=steps, desc="sft"), time.time(), start
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc="sft", disable=not run.writes)
+    began, step = time.time(), start
     try:
         for step in bar:
             rate = min(1.0, (step + 1) / 20) * (1 - 0.9 * step / steps)  # short warm-up, linear decay
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * rate
             items, loss = sampler.batch(config.batch_size), 0.0
-            for part in micro_batches(items, tokenizer, config.tokens_per_forward):
+            for part in own_share(micro_batches(items, tokenizer, config.tokens_per_forward)):
                 partial = sft_loss(policy, collate(part, tokenizer).to(device), len(items), config.precision)
                 partial.backward()
                 loss += partial.item()
+            loss = sum_over_processes(loss)
+            sum_gradients(parameters)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True).item()
             optimizer.step()
             optimizer.zero_grad()
@@ -140,8 +149,9 @@ def main(config: Config) -> None:
         "model": config.model, "base": base, "rank": config.rank, "adapters": config.adapters,
         "history": config.history, "flat": config.flat, "stage": "sft", "steps": steps,
     }  # fmt: skip
-    save_policy(policy, config.out, meta)
-    print(f"saved {config.out} after {(time.time() - began) / 60:.1f} min")
+    if run.writes:
+        save_policy(policy, config.out, meta)
+        print(f"saved {config.out} after {(time.time() - began) / 60:.1f} min")
 
 
 if __name__ == "__main__":

@@ -713,12 +713,11 @@ def test_collate_puts_what_the_policy_answers_behind_the_same_prompt_by_hand():
     for tokenizer in (make_tokenizer(), make_tokenizer(pad_token="<eos>")):
         plain, batch = collate(items, tokenizer), collate(items, tokenizer, policy_answers=answers)
         pad = tokenizer.pad_token_id
-        assert batch.policy_ids.tolist() == [[1, 4, 5, 9, 9, 2], [1, 4, 8, pad, pad, pad]]
-        yes, no = True, False
-        assert batch.policy_mask.tolist() == [[no, no, no, yes, yes, yes], [no, no, yes, no, no, no]]
-        assert torch.equal(batch.input_ids, plain.input_ids) and torch.equal(batch.next_ids, plain.next_ids)
-        assert plain.policy_ids.shape == plain.policy_mask.shape == (2, 0)
-        assert (plain.policy_ids.dtype, plain.policy_mask.dtype) == (torch.long, torch.bool)
+        assert batch.input_ids.tolist() == [[1, 4, 5, 6, 2, 9, 9, 2], [1, 4, 5, 5, 5, 2, 8, pad]]
+        assert batch.segment.tolist() == [[0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 1, 1, 1, 1, 2, -1]]
+        assert batch.policy_index.tolist() == [7, 6] and plain.policy_index.tolist() == [-1, -1]
+        assert torch.equal(batch.action_mask[:, :6], plain.action_mask)
+        assert torch.equal(batch.next_ids, plain.next_ids)
 
 
 def test_columns_of_who_decided_and_what_came_of_it():
@@ -743,7 +742,7 @@ def test_split_gives_the_same_rows_in_order(asked):
     batch = collate(items, make_tokenizer(), policy_answers=answers)
     parts = batch.split(2)
     assert [len(part.reward) for part in parts] == [2, 2, 1]
-    assert batch.policy_ids.shape[1] == (7 if asked else 0)
+    assert batch.input_ids.shape[1] == (9 if asked else 5)
     for field in dataclasses.fields(Batch):
         joined = torch.cat([getattr(part, field.name) for part in parts])
         assert same(joined, getattr(batch, field.name)), field.name
@@ -784,7 +783,9 @@ def test_any_ragged_items_read_back_without_padding_as_they_were_encoded(items, 
     for row, t in enumerate(items):
         prompt, completion = encode(tokenizer, t.prompt, t.completion, t.completion_ids)
         ids, mask = batch.input_ids[row], batch.attention_mask[row]
-        assert ids[mask].tolist() == prompt + completion and mask.tolist() == sorted(mask.tolist())[::-1]
+        answer = answers[id(t)]
+        assert ids[mask].tolist() == prompt + completion + answer
+        assert mask.tolist() == sorted(mask.tolist())[::-1]
         assert ids[batch.action_mask[row]].tolist() == completion
         assert batch.action_mask[row].nonzero()[0].item() == len(prompt)
         assert batch.state_index[row] == len(prompt) - 1
@@ -796,10 +797,9 @@ def test_any_ragged_items_read_back_without_padding_as_they_were_encoded(items, 
         assert batch.next_index[row] == len(state) - 1
         assert batch.next_action_index[row] == (len(state + after) - 1 if after else NO_ANSWER)
 
-        now, answer = batch.policy_ids[row], answers[id(t)]
-        assert now[: len(prompt) + len(answer)].tolist() == prompt + answer
-        assert now[batch.policy_mask[row]].tolist() == answer
-        assert batch.policy_mask[row].nonzero()[0].item() == len(prompt)
+        assert ids[batch.segment[row] == 0].tolist() == prompt
+        assert ids[batch.segment[row] == 2].tolist() == answer
+        assert batch.policy_index[row] == len(prompt + completion + answer) - 1
 
 
 def test_micro_batches_hold_every_decision_once_and_stay_below_the_limit():

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     "envs prompts model logprob critic readings run scores",
     "scienceworld_env logprob_triton progress",  # worlds use the interface in envs
-    "data diagnostics",  # diagnostics reads the critic
+    "data diagnostics candidates",  # diagnostics reads the critic
     "batches annotate hierarchy",
     "labels scripted learner completion",  # checks of what annotate writes; players without a model
     "teacher viewer",

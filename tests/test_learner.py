@@ -48,9 +48,9 @@ def make_policy(lora=True, **lora_options):
     return policy
 
 
-def hidden_states(policy, input_ids, level):
+def hidden_states(policy, input_ids, level, **inputs):
     model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-    return model.model(input_ids=input_ids).last_hidden_state
+    return model.model(input_ids=input_ids, **inputs).last_hidden_state
 
 
 def make_learner(policy=None, **config):
@@ -85,19 +85,15 @@ class Row(NamedTuple):
 def make_batch(decisions, extra=0, fill=0):
     """decisions: Row, or the first fields of one; extra columns hold `fill`."""
     rows = [Row(*decision) for decision in decisions]
-    input_ids, attention_mask = pad([r.prompt + r.answer for r in rows], extra, fill)
     next_ids, next_mask = pad([r.next_prompt + r.next_answer for r in rows], extra, fill)
-    policy_ids, policy_mask = torch.zeros(len(rows), 0, dtype=torch.long), torch.zeros(len(rows), 0).bool()
-    state_index = torch.tensor([len(r.prompt) - 1 for r in rows])
-    if all(r.policy_answer is not None for r in rows):
-        policy_ids, policy_mask = pad([r.prompt + r.policy_answer for r in rows], extra, fill)
-        policy_mask &= torch.arange(policy_ids.shape[1]) > state_index[:, None]
+    both = [(r.prompt, r.answer, r.policy_answer or []) for r in rows]
+    segments = [[0] * len(prompt) + [1] * len(a) + [2] * len(u) for prompt, a, u in both]
     return Batch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        action_mask=attention_mask & (torch.arange(input_ids.shape[1]) > state_index[:, None]),
-        state_index=state_index,
-        action_index=attention_mask.sum(1) - 1,
+        input_ids=pad([prompt + a + u for prompt, a, u in both], extra, fill)[0],
+        segment=pad(segments, extra, fill=-1)[0],
+        state_index=torch.tensor([len(prompt) - 1 for prompt, a, u in both]),
+        action_index=torch.tensor([len(prompt + a) - 1 for prompt, a, u in both]),
+        policy_index=torch.tensor([len(prompt + a + u) - 1 if u else -1 for prompt, a, u in both]),
         next_ids=next_ids,
         next_mask=next_mask,
         next_index=torch.tensor([len(r.next_prompt) - 1 for r in rows]),
@@ -112,8 +108,6 @@ def make_batch(decisions, extra=0, fill=0):
         expert=torch.tensor([r.expert for r in rows]),
         behavior_logp=torch.tensor([r.behavior_logp for r in rows]),
         mc_return=torch.tensor([r.mc_return for r in rows]),
-        policy_ids=policy_ids,
-        policy_mask=policy_mask,
     )
 
 
@@ -465,11 +459,7 @@ def test_what_cannot_be_trained_is_refused():
 
 
 def test_a_reading_that_samples_names_what_its_batch_lacks():
-    batch = dataclasses.replace(
-        make_batch(ragged_decisions()),
-        policy_ids=torch.zeros(8, 0).long(),
-        policy_mask=torch.zeros(8, 0).bool(),
-    )
+    batch = make_batch([Row(*row[:7]) for row in ragged_decisions()])
     with pytest.raises(ValueError, match="policy_answers="):
         make_learner(conservative=1.0).update([batch])
 

@@ -565,8 +565,7 @@ CASES = [Case(*fields) for fields in [
         "sums / batch.action_mask.sum(1)", "sums / batch.action_mask.shape[1]"),
     # the step
     ("critic losses train the backbone", "GLIDER fig. 2", "learner", critics_do_not_reach_the_backbone,
-        'hidden.detach() if self.config.features == "adapted"',
-        'hidden if self.config.features == "adapted"'),
+        "@torch.no_grad()\n    def _features", "def _features"),
     ("policy and critics share one clip norm", "R-G8", "learner", clip_norms_are_apart,
         "self._clip(self.critic_parameters)}", "self._clip(self.critic_parameters + self.actor_parameters)}"),
     ("the target never moves", "ours", "learner", targets_follow_by_polyak,
@@ -610,12 +609,13 @@ CASES = [Case(*fields) for fields in [
     ("BOS stands before every segment", "R-G9", "batches", bos_comes_once_and_is_no_label,
         "tokenizer(text, add_special_tokens=False)", "tokenizer(text)"),
     ("the prompt is a label", "R-G9", "batches", bos_comes_once_and_is_no_label,
-        "action_mask=attention_mask & (torch.arange(input_ids.shape[1]) > state_index[:, None])",
-        "action_mask=attention_mask"),
+        "return self.segment == 1", "return self.segment >= 0"),
     ("EOS is not trained", "ours", "batches", the_end_of_an_answer_is_trained,
         "[*_ids(tokenizer, completion), tokenizer.eos_token_id]", "[*_ids(tokenizer, completion)]"),
-    ("EOS is taken for padding", "R-G9", "batches", the_end_of_an_answer_is_trained,
-        "return ids, torch.arange(width) < lengths[:, None]", "return ids, ids != fill"),
+    ("EOS is taken for padding", "R-G9", "candidates", the_end_of_an_answer_is_trained,
+        "torch.tensor([row + [-1] * (width - len(row)) for row in segments])",
+        "torch.tensor([[k if i != fill else -1 for i, k in zip(r + [fill] * (width - len(r)), "
+        "s + [-1] * (width - len(s)))] for r, s in zip(rows, segments)])"),
     # acting
     ("acting and training build other prompts", "R-G12", "hierarchy", training_and_acting_share_prompts,
         "prompt = planner_prompt(episode, t, self.now.obs, self.history)",

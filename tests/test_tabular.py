@@ -184,10 +184,13 @@ class Tables(nn.Module):
     def get_output_embeddings(self):
         return self.head
 
-    def hidden(self, ids):
-        rows = ids.tolist()
+    def hidden(self, ids, attention_mask=None, **positions):
+        """attention_mask (B, 1, T, T), of packed rows: 0 where a token sees another."""
+        rows, (B, T) = ids.tolist(), ids.shape
+        sees = torch.ones(B, T, T).tril() > 0 if attention_mask is None else attention_mask[:, 0] == 0
         code = [
-            [self.seen.setdefault(tuple(r[: t + 1]), len(self.seen)) for t in range(len(r))] for r in rows
+            [self.seen.setdefault(tuple(r[i] for i in range(T) if seen[i]), len(self.seen)) for seen in mask]
+            for r, mask in zip(rows, sees.tolist(), strict=True)
         ]
         return nn.functional.one_hot(torch.tensor(code), SIZE).float()
 
@@ -210,7 +213,9 @@ def train(decisions, rows, steps=120, asked=None, **config):
         answers = {id(t): ids for t, ids in zip(decisions, sampled, strict=True)}
     batch = collate(decisions, words, config.get("bootstrap") == "next_q", answers)
     config = RLConfig(**{"gamma": GAMMA, "polyak": 1.0, "clip_norm": math.inf} | config)
-    learner = Learner(policy, critics, lambda policy, ids, level: policy.hidden(ids), config)
+    learner = Learner(
+        policy, critics, lambda policy, ids, level, **inputs: policy.hidden(ids, **inputs), config
+    )
     learner.critic_optimizer = torch.optim.Rprop(learner.critic_parameters, lr=0.1)
     for _ in range(steps):
         learner.update([batch], train_actor=False)
