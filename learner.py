@@ -255,23 +255,28 @@ class Learner:
             raise ValueError("this reading needs answers of the policy: collate(..., policy_answers=...)")
         return tree_attention(self.policy, batch.segment)
 
-    @torch.no_grad()
-    def _features(self, batch: Batch, adapted: Tensor | None = None) -> tuple[Tensor, ...]:
-        """What the heads read of s, of a and, if asked for, of the policy's answer: (B, D) each, constants.
-
-        The backbone learns from the actor loss alone. adapted: the actor's hidden states (B, T, D), if known.
-        """
-        columns, ids = torch.stack([batch.state_index, batch.action_index], 1), batch.input_ids  # (B, 2)
-        if self.config.features == "frozen" and not self.config.samples_answers:
-            return self.frozen(ids, columns, batch.level).unbind(1)
+    def _features(self, batch: Batch, hidden: Tensor | None = None) -> tuple[Tensor, ...]:
+        """What the heads read of s, of a and, if asked for, of the policy's answer: (B, D) each."""
+        columns = [batch.state_index, batch.action_index]
         if self.config.samples_answers:
-            columns = torch.cat([columns, batch.policy_index[:, None]], 1)  # (B, 3)
+            columns.append(batch.policy_index)
+        inputs = self._inputs(batch)
+        return self._read(batch.input_ids, torch.stack(columns, 1), batch.level, hidden, **inputs).unbind(1)
+
+    @torch.no_grad()
+    def _read(self, ids: Tensor, columns: Tensor, level: Tensor, hidden: Tensor | None = None, **inputs):
+        """ids (B, T), columns (B, k) -> (B, k, D), constants: the backbone learns from the actor loss alone.
+
+        hidden: the actor's (B, T, D), if known.
+        """
         if self.config.features == "frozen":
-            with without_adapters(self.policy):
-                adapted = self.hidden_fn(self.policy, ids, batch.level, **self._inputs(batch))
-        elif adapted is None:
-            adapted = self.hidden_fn(self.policy, ids, batch.level, **self._inputs(batch))
-        return at_columns(adapted, columns).unbind(1)
+            if not inputs:
+                return self.frozen(ids, columns, level)
+            with without_adapters(self.policy):  # an answer sampled now is never seen again
+                return at_columns(self.hidden_fn(self.policy, ids, level, **inputs), columns)
+        if hidden is None:
+            hidden = self.hidden_fn(self.policy, ids, level, **inputs)
+        return at_columns(hidden, columns)
 
     def _next_value(self, batch: Batch) -> Tensor:
         """(B,): V_target(s'), or Q_target(s',a'). 0 if terminated, and for Q where the data stop (GLIDER)."""
@@ -283,11 +288,7 @@ class Learner:
         (rows,) = follows.nonzero(as_tuple=True)
         if len(rows):
             level = batch.next_level[rows]
-            ids, columns = batch.next_ids[rows], at[rows, None]
-            if self.config.features == "frozen":
-                features = self.frozen(ids, columns, level)  # (rows, 1, D)
-            else:
-                features = at_columns(self.hidden_fn(self.policy, ids, level), columns)
+            features = self._read(batch.next_ids[rows], at[rows, None], level)  # (rows, 1, D)
             value[rows] = read(features[:, 0], level)
         return value
 

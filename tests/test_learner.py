@@ -239,6 +239,21 @@ def test_gradients_are_those_of_hugging_face_for_behaviour_cloning():
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("train_actor", [True, False])
+@pytest.mark.parametrize("reading", [{}, {"value_answers": "policy"}, {"actor": "td3_bc"}], ids=str)
+def test_an_update_is_one_forward_with_a_gradient_and_one_without(reading, train_actor):
+    learner, calls, hidden_fn = make_learner(**reading), [], hidden_states
+
+    def counted(*args, **inputs):
+        calls.append(torch.is_grad_enabled())
+        return hidden_fn(*args, **inputs)
+
+    learner.hidden_fn = counted
+    learner.update([make_batch(ragged_decisions())], train_actor)
+    measures_q = reading.get("actor") == "td3_bc" and train_actor  # mean |Q| of the batch comes first
+    assert calls == [False] * measures_q + [train_actor, False]
+
+
 # --- micro-batches, padding, resuming ---------------------------------------------------------------------
 @pytest.mark.parametrize("size", [2, 3])  # 3 + 3 + 2: unequal shares
 @pytest.mark.parametrize("token_norm", ["sum", "mean"])

@@ -555,7 +555,8 @@ CASES = [Case(*fields) for fields in [
     ("a subtask costs gamma^k", "GLIDER eq. 4", "readings", a_subtask_costs_one_gamma,
         '= "subtask"  # published', '= "smdp"  # published'),
     ("a micro-batch is divided by its own count", "R-G7", "learner", micro_batches_are_one_batch,
-        "count = sum(len(batch.level) for batch in batches)", "count = len(batches[0].level)"),
+        "count = round(sum_over_processes(sum(len(batch.level) for batch in batches)))",
+        "count = len(batches[0].level)"),
     ("only the last micro-batch counts", "R-G7", "learner", micro_batches_are_one_batch,
         "decisions = self.decide(batch, train_actor)",
         "self.actor_optimizer.zero_grad(); decisions = self.decide(batch, train_actor)"),
@@ -565,7 +566,7 @@ CASES = [Case(*fields) for fields in [
         "sums / batch.action_mask.sum(1)", "sums / batch.action_mask.shape[1]"),
     # the step
     ("critic losses train the backbone", "GLIDER fig. 2", "learner", critics_do_not_reach_the_backbone,
-        "@torch.no_grad()\n    def _features", "def _features"),
+        "@torch.no_grad()\n    def _read", "def _read"),
     ("policy and critics share one clip norm", "R-G8", "learner", clip_norms_are_apart,
         "self._clip(self.critic_parameters)}", "self._clip(self.critic_parameters + self.actor_parameters)}"),
     ("the target never moves", "ours", "learner", targets_follow_by_polyak,
