@@ -58,7 +58,9 @@ def token_logprobs(hidden, weight, targets, bias=None, temperature=1.0, tile=Non
     return (logp, entropies) if entropy else logp
 
 
-def sequence_logprobs(hidden, weight, input_ids, action_mask, predictor=None, **options):
+def sequence_logprobs(
+    hidden, weight, input_ids, action_mask, predictor=None, bias=None, temperature=1.0, tile=None
+):
     """log pi(a_t | s, a_<t) on action tokens (EOS included), 0 elsewhere; its sum per row  (GLIDER eq. 6).
 
     hidden (B, T, D), input_ids (B, T), action_mask (B, T) bool -> (B, T) and (B,). Column t is predicted by
@@ -70,7 +72,7 @@ def sequence_logprobs(hidden, weight, input_ids, action_mask, predictor=None, **
     column = before + 1
     before = before if predictor is None else predictor[row, column]
     rows = hidden.reshape(B * T, D).index_select(0, row * T + before)  # (N, D)
-    logp = token_logprobs(rows, weight, input_ids[row, column], **options)
+    logp = token_logprobs(rows, weight, input_ids[row, column], bias, temperature, tile)
     per_token = logp.new_zeros(B * T).index_copy(0, row * T + column, logp).view(B, T)
     return per_token, per_token.sum(1)
 
@@ -143,14 +145,15 @@ class _TokenLogProb(torch.autograd.Function):
             rescale = _absorb(logits, probs, column, sums[:, rows], entropy)
             if ctx.store_unit:
                 _matmul(rest[rows].mul_(rescale[:, None]), probs, weight[cols], add=True)
-        margin = target_logit - (peak + total.log())  # z_y - R
+        log_rest = peak + total.log()  # R
+        margin = target_logit - log_rest
         logp, not_target = F.logsigmoid(margin), torch.sigmoid(-margin)  # log pi, 1 - pi
         total.clamp_min_(torch.finfo(dtype).tiny)  # it is 0, as rest is, where bias bans all but the target
         if ctx.store_unit:
             rest.div_(-total[:, None]).add_(weight[targets]).mul_((not_target * inv_temperature)[:, None])
             ctx.save_for_backward(rest.to(hidden.dtype))
         elif head_trains:
-            ctx.save_for_backward(hidden, weight, targets, bias, target_logit - logp)
+            ctx.save_for_backward(hidden, weight, targets, bias, torch.logaddexp(target_logit, log_rest))
         entropies = None
         if entropy:  # of "the target or not", then of which of the rest
             either = torch.special.entr(not_target) + torch.special.entr(logp.exp())
