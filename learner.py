@@ -208,9 +208,12 @@ class Learner:
         return metrics
 
     def decide(self, batch: Batch, train_actor: bool = True) -> Decisions:
-        """One forward on prompt and answers: V(s), Q(s,a), log pi(a|s); one on the next prompt: V(s')."""
+        """One forward on the next prompt: V(s'); one on prompt and answers: V(s), Q(s,a), log pi(a|s)."""
         config, critics, level, segment = self.config, self.critics, batch.level, batch.segment
         tokens, inputs = batch.action_mask.sum(1), self._inputs(batch)
+        discount = bootstrap_discount(config.gamma, batch.steps, config.discount)
+        # First what keeps no graph: its peak of memory then does not stand on that of the actor's forward.
+        target = td_target(batch.reward, discount, batch.terminated, self._next_value(batch))
         with torch.set_grad_enabled(train_actor):
             hidden = self.hidden_fn(self.policy, batch.input_ids, level, **inputs)  # (B, T, D)
             weight, bias = head_weight(self.policy.get_output_embeddings())
@@ -228,14 +231,13 @@ class Learner:
                 v_target = critics.target_q(*policy_action, level)
         if config.value_reads == "prompt":
             v_target = critics.target_q(state, level)
-        discount = bootstrap_discount(config.gamma, batch.steps, config.discount)
         advantage = (q - v).detach()
         return Decisions(
             level=level,
             v=v,
             q=q,
             v_target=v_target,
-            td_target=td_target(batch.reward, discount, batch.terminated, self._next_value(batch)),
+            td_target=target,
             advantage=advantage,
             weight=actor_weight(advantage, target_q, level, batch.expert, config),
             logp=logp if config.token_norm == "sum" else logp / tokens.clamp_min(1),

@@ -251,7 +251,7 @@ def test_an_update_is_one_forward_with_a_gradient_and_one_without(reading, train
     learner.hidden_fn = counted
     learner.update([make_batch(ragged_decisions())], train_actor)
     measures_q = reading.get("actor") == "td3_bc" and train_actor  # mean |Q| of the batch comes first
-    assert calls == [False] * measures_q + [train_actor, False]
+    assert calls == [False] * measures_q + [False, train_actor]
 
 
 # --- micro-batches, padding, resuming ---------------------------------------------------------------------
