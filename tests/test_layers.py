@@ -9,13 +9,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     "envs prompts model logprob critic readings run scores",
-    "scienceworld_env logprob_triton progress",  # worlds use the interface in envs
-    "data diagnostics candidates",  # diagnostics reads the critic
-    "batches annotate hierarchy",
+    "scienceworld_env alfworld_fast logprob_triton progress",  # worlds use the interface in envs
+    "data diagnostics candidates alfworld_experts",  # diagnostics reads the critic
+    "batches annotate hierarchy alfworld_games",
     "labels scripted learner completion",  # checks of what annotate writes; players without a model
     "teacher viewer",
     "collect train_sft train_orl train_o2o train_hiper eval plot bench demo "
-    "panels/make base/pretrain recipes/compare recipes/sweep",
+    "panels/make panels/make_rooms base/pretrain recipes/compare recipes/sweep recipes/alfworld_difftest",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 SCRIPTS = set(LAYERS[-1].split())
