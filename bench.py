@@ -1,6 +1,6 @@
 """Script: seconds and memory of the log-prob, of an update and of shared prompts, beside the usual ways.
 
-    OMP_WAIT_POLICY=passive python bench.py logprob  # or: update, prefix
+    python bench.py logprob  # or: update, prefix; alone on the machine
 
 The variants of a case run in turn, round by round in one process, so that a busy machine slows all of them
 alike; their results are compared first. What this file does not do: train, or score a policy (eval.py).
