@@ -5,7 +5,11 @@ RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 REQUIREMENTS := import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 	print(*p["dependencies"], *p["optional-dependencies"]["test"], sep="\n")
 
-.PHONY: setup test demo lint clean
+ALFWORLD := import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	print(*p["optional-dependencies"]["alfworld"], sep="\n")
+ENV ?= scienceworld
+
+.PHONY: setup alfworld test demo lint clean
 
 setup: .venv/.installed
 
@@ -20,11 +24,25 @@ setup: .venv/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -r .venv/requirements.txt
 	@touch $@
 
+# The real ALFWorld engine, against which the fast one is tested; nothing else needs it. It compiles C++.
+alfworld: setup .venv/.alfworld
+
+.venv/.alfworld: pyproject.toml
+	@$(BIN)/python -c '$(ALFWORLD)' > .venv/alfworld.txt
+	@echo "building the real ALFWorld engine into .venv (2 to 4 minutes, once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --no-deps -r .venv/alfworld.txt \
+	|| { echo "the real ALFWorld engine needs a C++ compiler (Debian, Ubuntu: apt install g++ make)" >&2; exit 1; }
+	@touch $@
+
+# Without a C++ compiler the tests of the real engine are skipped, and say so.
 test: setup
+	@if command -v c++ >/dev/null; then $(MAKE) --no-print-directory alfworld; \
+	else echo "no C++ compiler: the real ALFWorld engine is not tested (apt install g++)" >&2; fi
 	$(BIN)/python -m pytest -q
 
+# make demo ENV=alfworld for the other world.
 demo: setup
-	$(BIN)/python demo.py
+	$(BIN)/python demo.py --env $(ENV)
 
 lint: setup
 	$(BIN)/python -m ruff check .
@@ -32,5 +50,5 @@ lint: setup
 
 # Caches, and the stamp of the install; out/ is yours and .venv itself stays.
 clean:
-	rm -rf .pytest_cache .ruff_cache .hypothesis .venv/.installed
+	rm -rf .pytest_cache .ruff_cache .hypothesis .venv/.installed .venv/.alfworld
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -122,30 +122,28 @@ def homes() -> dict[str, dict[str, float]]:
 
 
 class Memory:
-    """What the searcher has read: where things are, and where it stands."""
+    """What the searcher keeps in mind: the receptacles of the room, where it stands, and for as long as one
+    subtask lasts what it saw where, which is what the local progress of an agent can hold."""
 
     def __init__(self, receptacles: list[str]):
         self.receptacles = receptacles  # names, as listed at the start
-        self.seen: dict[str, list[str]] = {}  # receptacle -> names of the objects in it, in order of visits
+        self.seen: dict[str, list[str]] = {}  # receptacle -> names of the objects in it
         self.here, self.shut = "", False  # the last receptacle visited, and whether it is closed
 
-    def of_kind(self, kind: str) -> list[str]:
-        return [r for r in self.receptacles if _kind(r) == kind]
+    def find(self, kind: str) -> tuple[str, str] | None:
+        """(receptacle, object) where an object of the type is known to be."""
+        seen = [(r, o) for r, objects in self.seen.items() for o in objects if _kind(o) == kind]
+        return seen[-1] if seen else None
 
-    def find(self, kind: str, besides: str = "") -> list[tuple[str, str]]:
-        """(receptacle, object) of all objects of a type seen, except those in the receptacle `besides`."""
-        seen = [(r, o) for r, objects in self.seen.items() for o in objects if r != besides]
-        return [(r, o) for r, o in seen if _kind(o) == kind]
-
-    def unseen(self, kind: str) -> list[str]:
+    def unseen(self, kind: str, avoid: str) -> list[str]:
         """Receptacles not yet looked into; first where an object of the type is likely for the steps."""
         chance = homes().get(kind, {})
-        left = [r for r in self.receptacles if r not in self.seen]
-        return sorted(left, key=lambda r: -chance.get(_kind(r), 0.0) / (2 if _kind(r) in CLOSED else 1))
+        left = [r for r in self.receptacles if r not in self.seen and r != avoid]
 
-    def target(self, kind: str) -> str:
-        """A receptacle of the type: this one, or one looked into, or any."""
-        return min(self.of_kind(kind), key=lambda r: (r != self.here, r not in self.seen))
+        def merit(r: str) -> tuple:
+            return -chance.get(_kind(r), 0.0) / (2 if _kind(r) in CLOSED else 1), _kind(r)
+
+        return sorted(left, key=merit)
 
 
 def _kind(name: str) -> str:
@@ -158,49 +156,49 @@ Steps = Generator[str, str, tuple[str, str] | None]  # yields commands and is se
 def searcher(first_obs: str, grammar: str = "move") -> Steps:
     """Plays from texts alone: next() gives the first command, send(observation) each further one.
 
-    Ends when it believes the goal reached, or has looked everywhere in vain.
+    Ends when it believes the goal reached, or has looked everywhere in vain. Things go into the receptacle
+    of the goal's type that has the number 1, and are never taken from it where two belong together.
     """
     task = re.search(r"Your task is to: (.*?)\.?\s*$", first_obs)[1]
     goal, memory = parse_task(task), Memory(things_in(first_obs))
-    target, placed = "", 0
-    while placed < goal.count:
-        found = yield from _search(memory, goal.object, besides=target)
-        if found is None:
+    target = f"{goal.receptacle} 1"
+    for _ in range(goal.count):
+        thing = yield from _find_and_take(memory, goal.object, target if goal.count > 1 else "")
+        if thing is None:
             return
-        r, thing = found
-        if goal.count > 1 and not target and _kind(r) == goal.receptacle:
-            target, placed = r, 1  # this one is in its place; the other one goes there, too
-            continue
-        yield from _visit(memory, r)
-        yield f"take {thing} from {r}"
-        memory.seen[r].remove(thing)
         if goal.lamp:
             if lamp := (yield from _search(memory, goal.lamp)):
-                yield from _visit(memory, lamp[0], inside=False)
                 yield f"use {lamp[1]}"
             return
         if goal.treatment:
-            appliance = memory.target(TREATMENTS[goal.treatment][-1])
+            appliance = f"{TREATMENTS[goal.treatment][-1]} 1"
             yield from _visit(memory, appliance, inside=False)
             yield f"{goal.treatment} {thing} with {appliance}"
-        target = target or memory.target(goal.receptacle)
         yield from _visit(memory, target)
         yield put_command(thing, target, grammar)
-        memory.seen.setdefault(target, []).append(thing)
-        placed += 1
 
 
-def _search(memory: Memory, kind: str, besides: str = "") -> Steps:
-    """Looks into one receptacle after the other; -> (receptacle, object) last seen of the type, or None."""
-    while not (found := memory.find(kind, besides)):
-        if not (unseen := memory.unseen(kind)):
+def _find_and_take(memory: Memory, kind: str, avoid: str) -> Steps:
+    """-> the object, now held, or None."""
+    if found := (yield from _search(memory, kind, avoid)):
+        yield f"take {found[1]} from {found[0]}"
+        return found[1]
+
+
+def _search(memory: Memory, kind: str, avoid: str = "") -> Steps:
+    """Looks into one receptacle after the other; -> (receptacle, object), or None."""
+    memory.seen = {}
+    while not (found := memory.find(kind)):
+        if not (unseen := memory.unseen(kind, avoid)):
             return None
-        yield from _visit(memory, unseen[0])
-    return found[-1]
+        r = unseen[0]
+        known = r == memory.here and not memory.shut  # it listed its things, but that was another subtask
+        memory.seen[r] = things_in((yield f"examine {r}") if known else (yield from _visit(memory, r)))
+    return found
 
 
-def _visit(memory: Memory, r: str, inside: bool = True) -> Steps:
-    """Goes there and, where the inside matters, opens it; remembers what is listed."""
+def _visit(memory: Memory, r: str, inside: bool = True) -> Generator[str, str, str]:
+    """Goes there and, where the inside matters, opens it; -> the last observation."""
     obs = ""
     if r != memory.here:
         obs = yield f"go to {r}"
@@ -210,5 +208,4 @@ def _visit(memory: Memory, r: str, inside: bool = True) -> Steps:
     if inside and memory.shut:
         obs = yield f"open {r}"
         memory.shut = False
-    if "you see" in obs:
-        memory.seen[r] = things_in(obs)
+    return obs

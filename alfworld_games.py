@@ -58,16 +58,10 @@ def read_games(
         raise ValueError(f"unknown split {split!r}: expected one of {SPLITS}")
     if source not in ("auto", "official", "generated"):
         raise ValueError(f"unknown source {source!r}: expected auto, official or generated")
-    folder = os.environ.get("ALFWORLD_DATA")
-    if source == "generated" or source == "auto" and not folder:
+    if source == "generated" or source == "auto" and not os.environ.get("ALFWORLD_DATA"):
         games = generate(split, GENERATED[split], seed=0)
-    elif folder:
-        games = _official(Path(folder).expanduser(), split)
     else:
-        raise FileNotFoundError(
-            "official games need ALFWORLD_DATA, the folder of `pip install alfworld && alfworld-download`, "
-            "to be set: export ALFWORLD_DATA=~/.cache/alfworld"
-        )
+        games = _official(_data(), split)
     if ids is None:
         return list(games)
     wanted = set(ids)
@@ -79,7 +73,56 @@ def read_games(
     return [found[name] for name in ids]
 
 
+def find_game(name: str) -> GameFile:
+    """The game of this id: made again when the id says generated, else read from $ALFWORLD_DATA.
+
+    Raises ValueError for an id of no game, FileNotFoundError as read_games.
+    """
+    if made := re.search(r"/generated_(\w+)_(\d+)_(\d+)$", name):
+        game = _generated(made[1], int(made[2]), int(made[3])) if made[1] in SPLITS else None
+        if game is None or game.id != name:
+            raise ValueError(f"this version does not generate {name}: make the panel again (panels/make.py)")
+        return game
+    for split in reversed(SPLITS):  # the long one last
+        if game := _by_id(_data(), split).get(name):
+            return game
+    raise ValueError(f"no game {name!r} in {_data()}: expected an official id, or a generated one")
+
+
+def recorded_actions(name: str) -> list[str]:
+    """The trajectory that comes with an official train game, as commands of grammar "move"."""
+    folder = _data()
+    packed, unpacked = folder / "gt_train.jsonl.xz", folder / "json_2.1.1" / "train" / name / "game.tw-pddl"
+    if packed.exists():
+        actions = _recorded(packed).get(name)
+    else:
+        actions = json.loads(unpacked.read_text()).get("walkthrough") if unpacked.exists() else None
+    if not actions:
+        raise ValueError(f"no recorded trajectory of {name}: only official train games have one")
+    return [re.sub(r"^put (.+) in/on ", r"move \1 to ", action) for action in actions]
+
+
 # --- official games -----------------------------------------------------------------------------------------
+def _data() -> Path:
+    if folder := os.environ.get("ALFWORLD_DATA"):
+        return Path(folder).expanduser()
+    raise FileNotFoundError(
+        "official games need ALFWORLD_DATA, the folder of `pip install alfworld && alfworld-download`, "
+        "to be set: export ALFWORLD_DATA=~/.cache/alfworld"
+    )
+
+
+@cache
+def _by_id(folder: Path, split: str) -> dict[str, GameFile]:
+    return {game.id: game for game in _official(folder, split)}
+
+
+@cache
+def _recorded(path: Path) -> dict[str, list[str]]:
+    with lzma.open(path, "rt") as lines:
+        return {row["id"]: row["actions"] for row in map(json.loads, lines)}
+
+
 def _official(folder: Path, split: str) -> Iterator[GameFile]:
     packed, unpacked = folder / f"{split}.jsonl.xz", folder / "json_2.1.1" / split
     if packed.exists():
@@ -170,18 +213,20 @@ def generate(split: str, count: int, seed: int = 0) -> list[GameFile]:
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: expected one of {SPLITS}")
+    return [_generated(split, seed, i) for i in range(count)]
+
+
+def _generated(split: str, seed: int, i: int) -> GameFile:
     rooms, unseen = _table()["rooms"], set(_table()["unseen"])
-    rooms = {int(n): room for n, room in rooms.items() if (int(n) in unseen) == (split == "valid_unseen")}
-    games = []
-    for i in range(count):
-        rng, task_type = random.Random(f"{split} {seed} {i}"), TASK_TYPES[i % len(TASK_TYPES)]
-        numbers = [number for number in rooms if number // 100 in ROOM_KINDS[task_type]]
-        game = None
-        while game is None or not _solvable(game):
-            number = rng.choice(numbers)
-            game = _make_game(task_type, number, rooms[number], f"generated_{split}_{seed}_{i:05d}", rng)
-        games.append(game)
-    return games
+    rng, task_type = random.Random(f"{split} {seed} {i}"), TASK_TYPES[i % len(TASK_TYPES)]
+    kinds = ROOM_KINDS[task_type]
+    right = [int(n) for n in rooms if (int(n) in unseen) == (split == "valid_unseen")]
+    numbers = [number for number in right if number // 100 in kinds]
+    game = None
+    while game is None or not _solvable(game):
+        number = rng.choice(numbers)
+        game = _make_game(task_type, number, rooms[str(number)], f"generated_{split}_{seed}_{i:05d}", rng)
+    return game
 
 
 def _solvable(game: GameFile) -> bool:

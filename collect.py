@@ -20,18 +20,22 @@ import annotate
 import completion
 import scripted
 from data import Episode, read_episodes, write_episodes
-from envs import EnvPool, read_panel
+from envs import EnvName, EnvPool, read_panel
 from hierarchy import Counts, Ends, episode_seed, rollout
 from model import Policy, file_hash, load_policy
 from run import fail, pick_device
 from teacher import ChatTeacher
 
+EXPERTS = ("gold", "recorded", "oracle")
+
 
 @dataclass(frozen=True)
 class Config:
     out: Path  # JSONL file to write, or to go on with
-    source: Literal["gold", "policy", "explore"] = "gold"  # who plays
-    env: Literal["scienceworld"] = "scienceworld"  # which text world
+    source: Literal["gold", "recorded", "oracle", "policy", "explore"] = (
+        "gold"  # who plays; recorded and oracle: ALFWorld only
+    )
+    env: EnvName = "scienceworld"  # which text world; alfworld is the fast engine
     panel: str = (
         "demo"  # episode list panels/<env>_<panel>_train.txt; data for training comes from train only
     )
@@ -40,7 +44,7 @@ class Config:
     max_steps: int = 50  # environment steps per episode (gold paths are replayed whole)
     checkpoint: Path | None = None  # policy folder, for --source policy
     ends: Ends = "claim"  # what ends a subtask in play; a flat policy has none
-    max_actions: int = 15  # cap on the actions of one subtask; with --ends cap its length
+    max_actions: int = 0  # cap on the actions of one subtask (--ends cap: its length); 0 is the world's own
     judge: Literal["rules", "chat"] = "rules"  # who verifies completion: rules, or the model at --teacher-url
     judge_noise: float = 0.0  # probability that a verdict is turned round
     temperature: float = 1.0  # of the executor; planner and progress sample at 0.7 of it (STEP-HRL's setting)
@@ -61,27 +65,29 @@ def teacher_of(config: Config) -> ChatTeacher | None:
 
 def judge_of(config: Config) -> completion.Judge:
     """Whoever says that a subtask is complete, as --judge and --judge-noise choose."""
-    judge = annotate.judge if config.judge == "rules" else teacher_of(config).judge
+    by_rules = annotate.rules(config.env).judge
+    judge = by_rules if config.judge == "rules" else teacher_of(config).judge
     return completion.noisy(judge, config.judge_noise, config.seed)
 
 
 def annotated_gold(pool: EnvPool, panel: list, config: Config) -> Iterator[Episode]:
-    """Gold paths that end at score 100, split into subtasks with progress after every step."""
+    """An expert's paths that end at score 100, split into subtasks with progress after every step."""
     teacher, judge = teacher_of(config), judge_of(config)
-    for episode in scripted.play_gold(pool, panel, config.env):
+    for episode in scripted.play_gold(pool, panel, config.env, config.source):
         if episode.success:
             annotated = annotate.annotate(episode, teacher)  # judged by the rules
-            yield annotated if judge is annotate.judge else completion.rejudge(annotated, judge)
+            by_rules = config.judge == "rules" and not config.judge_noise
+            yield annotated if by_rules else completion.rejudge(annotated, judge)
         else:
             tqdm.write(
-                f"left out: the gold path of {episode.task} {episode.variation} "
+                f"left out: the {config.source} path of {episode.task} {episode.variation} "
                 f"ends at score {episode.score:.0f}"
             )
 
 
 def play(pool: EnvPool, panel: list, config: Config, repeat: int) -> Iterator[Episode]:
     """The episodes of one pass over the panel."""
-    if config.source == "gold":
+    if config.source in EXPERTS:
         return annotated_gold(pool, panel, config)
     if config.source == "explore":
         return scripted.play_explore(pool, panel, config.env, episode_seed(config.seed, repeat))
@@ -89,8 +95,8 @@ def play(pool: EnvPool, panel: list, config: Config, repeat: int) -> Iterator[Ep
     return rollout(
         pool, panel, Policy(model, tokenizer, config.temperature), judge_of(config), env=config.env,
         history=meta["history"], ends="episode" if meta.get("flat") else config.ends,
-        max_actions=config.max_actions, seed=episode_seed(config.seed, repeat),
-        source=f"{source_name(config)}-{repeat}", counts=Counts(),
+        max_actions=annotate.max_actions(config.env, config.max_actions),
+        seed=episode_seed(config.seed, repeat), source=f"{source_name(config)}-{repeat}", counts=Counts(),
     )  # fmt: skip
 
 
@@ -98,9 +104,10 @@ def source_name(config: Config) -> str:
     """Who plays, as stored with every episode; a policy by a hash of its adapter and of how it plays."""
     if config.source == "policy":
         adapter, judge = file_hash(config.checkpoint / "adapter"), (config.judge, config.judge_noise)
-        how = (config.temperature, config.ends, config.max_actions, config.max_steps)
+        cap = annotate.max_actions(config.env, config.max_actions)
+        how = (config.temperature, config.ends, cap, config.max_steps)
         return f"policy-{episode_seed(0, adapter, *judge, *how):016x}"[:15] + f"-seed{config.seed}"
-    return {"gold": "expert", "explore": "explore"}[config.source]
+    return "expert" if config.source == "gold" else config.source
 
 
 def duplicates(episodes: list[Episode]) -> float:
@@ -124,7 +131,7 @@ def main(config: Config) -> None:
             "plays by other flags; choose another --out, or delete it"
         )
     done = Counter((e.task, e.variation) for e in kept)
-    max_steps = 10**6 if config.source == "gold" else config.max_steps
+    max_steps = 10**6 if config.source in EXPERTS else config.max_steps
     bar = tqdm(
         total=len(panel) * config.repeats,
         initial=min(sum(done.values()), len(panel) * config.repeats),
@@ -150,7 +157,7 @@ def main(config: Config) -> None:
             f"{s['agreement']:.1%} of actions (precision {s['precision']}, recall {s['recall']})"
         )
         if config.judge == "chat" or config.judge_noise > 0:
-            same = completion.agreement(episodes, annotate.judge)
+            same = completion.agreement(episodes, annotate.rules(config.env).judge)
             print(f"verdicts are those of the rules after {same:.1%} of actions")
 
 

@@ -64,7 +64,7 @@ class Episode:
 
     env: str
     task: str
-    variation: int
+    variation: int | str  # a number in ScienceWorld, a game's id in ALFWorld
     description: str
     turns: list[Turn] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)

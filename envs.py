@@ -2,7 +2,8 @@
 
 A world answers with text: `reset(slot, task, variation) -> StepResult`, `step(slot, action) -> StepResult`.
 Termination (the world ended) and truncation (our step limit) never share a name. What this file does not do:
-know any benchmark; see scienceworld_env.py.
+know any benchmark; see scienceworld_env.py and
+alfworld_env.py.
 """
 
 import multiprocessing as mp
@@ -10,7 +11,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 PANELS = Path(__file__).parent / "panels"
 
@@ -34,30 +35,37 @@ OBS_SEPARATOR = "\n\n"  # feedback <sep> room <sep> inventory
 class TextWorld(Protocol):
     """Several episodes at once in one simulator; `slot` names the episode. Assume no thread safety."""
 
-    def reset(self, slot: int, task: str, variation: int) -> StepResult: ...
+    def reset(self, slot: int, task: str, variation: int | str) -> StepResult: ...
     def step(self, slot: int, action: str) -> StepResult: ...
     def close(self) -> None: ...
 
 
-def make_world(env: str, max_steps: int) -> TextWorld:
+# "alfworld" is the fast engine, "alfworld-reference" the real one; both play the panels of alfworld.
+EnvName = Literal["scienceworld", "alfworld", "alfworld-reference"]
+
+
+def make_world(env: EnvName, max_steps: int) -> TextWorld:
     """The world named `env`, loaded on demand so that its packages are needed only when it is played."""
     if env == "scienceworld":
         from scienceworld_env import ScienceWorld
 
         return ScienceWorld(max_steps=max_steps)
-    raise ValueError(f"unknown env {env!r}: expected 'scienceworld'")
+    if env in ("alfworld", "alfworld-reference"):
+        from alfworld_env import AlfWorld
+
+        return AlfWorld(max_steps, "reference" if env == "alfworld-reference" else "fast")
+    raise ValueError(f"unknown env {env!r}: expected one of {get_args(EnvName)}")
 
 
-def read_panel(
-    env: str, panel: str, split: Literal["train", "dev", "test"], limit: int = 0
-) -> list[tuple[str, int]]:
+def read_panel(env: EnvName, panel: str, split: str, limit: int = 0) -> list[tuple[str, int | str]]:
     """The fixed episode list panels/<env>_<panel>_<split>.txt as [(task, variation)], in file order.
 
+    A variation is a number in ScienceWorld, the id of a game in ALFWorld.
     limit: keep the first so many of each task; 0 is all.
 
     Raises ValueError when the panel does not exist or a line is not `task variation`.
     """
-    path = PANELS / f"{env}_{panel}_{split}.txt"
+    path = PANELS / f"{env.removesuffix('-reference')}_{panel}_{split}.txt"
     if not path.exists():
         known = sorted(p.stem for p in PANELS.glob("*.txt"))
         raise ValueError(f"no panel {path.stem!r}: expected one of {known}")
@@ -66,11 +74,11 @@ def read_panel(
         if not line or line.startswith("#"):
             continue
         parts = line.split()
-        if len(parts) != 2 or not parts[1].isdigit():
+        if len(parts) != 2 or not (parts[1].isdigit() or env.startswith("alfworld")):
             raise ValueError(f"{path.name}:{number}: {line!r} is not 'task variation', e.g. 'boil 14'")
         kept[parts[0]] += 1
         if not limit or kept[parts[0]] <= limit:
-            episodes.append((parts[0], int(parts[1])))
+            episodes.append((parts[0], int(parts[1]) if parts[1].isdigit() else parts[1]))
     return episodes
 
 

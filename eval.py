@@ -24,30 +24,31 @@ import scripted
 from candidates import BestOfK
 from critic import load_critics
 from data import Episode, write_episodes
-from envs import EnvPool, read_panel
+from envs import EnvName, EnvPool, read_panel
 from hierarchy import Counts, Ends, rollout
 from model import Policy, file_hash, fingerprint, lm_of, load_backbone, load_policy
 from run import fail, pick_device, provenance
 
 RESULTS = Path(__file__).parent / "results"
+HELD_OUT = ("test", "valid_unseen")  # every evaluation of these is recorded
 
 
 @dataclass(frozen=True)
 class Config:
     out: Path  # folder: writes <out>/results/<name>.json and <out>/episodes/<name>.jsonl
     name: str  # of the row
-    agent: Literal["policy", "zero-shot", "random", "gold"] = (
+    agent: Literal["policy", "zero-shot", "random", "gold", "oracle"] = (
         "policy"  # zero-shot: the backbone without an adapter
     )
     checkpoint: Path | None = None  # policy folder, for --agent policy
     model: str = "base"  # backbone, for --agent zero-shot
-    env: Literal["scienceworld"] = "scienceworld"  # which text world
+    env: EnvName = "scienceworld"  # which text world; alfworld is the fast engine
     panel: str = "demo"  # panels/<env>_<panel>_<split>.txt
-    split: Literal["dev", "test"] = "dev"
+    split: Literal["dev", "test", "valid_seen", "valid_unseen"] = "dev"  # ALFWorld has the last two
     limit: int = 0  # at most this many episodes of a task type; 0 is all
     max_steps: int = 50  # environment steps per episode
     ends: Ends = "claim"  # what ends a subtask; a flat policy has none
-    max_actions: int = 15  # cap on the actions of one subtask; with --ends cap its length
+    max_actions: int = 0  # cap on the actions of one subtask (--ends cap: its length); 0 is the world's own
     temperature: float = 0.0  # 0 is greedy
     candidates: int = 1  # above 1: the greedy answer and others sampled compete, the highest Q(s,a) acts
     seed: int = 0  # of sampling and of the random agent
@@ -67,8 +68,8 @@ def play(config: Config, panel: list, pool: EnvPool, counts: Counts) -> tuple[li
     meta = {"stage": config.agent, "history": "progress"}
     if config.agent == "random":
         stream = scripted.play_random(pool, panel, config.env, config.seed)
-    elif config.agent == "gold":
-        stream = scripted.play_gold(pool, panel, config.env)
+    elif config.agent in ("gold", "oracle"):
+        stream = scripted.play_gold(pool, panel, config.env, config.agent)
     else:
         device = pick_device(config.device)
         if config.agent == "policy":
@@ -83,8 +84,9 @@ def play(config: Config, panel: list, pool: EnvPool, counts: Counts) -> tuple[li
             critics = load_critics(config.checkpoint / "critic.safetensors", lm_of(model).config.hidden_size)
             policy = BestOfK(model, tokenizer, critics.to(device), config.candidates)
         stream = rollout(
-            pool, panel, policy, annotate.judge, env=config.env,
-            history=meta["history"], ends=ends_of(config, meta), max_actions=config.max_actions,
+            pool, panel, policy, annotate.rules(config.env).judge, env=config.env,
+            history=meta["history"], ends=ends_of(config, meta),
+            max_actions=annotate.max_actions(config.env, config.max_actions),
             seed=config.seed, source=meta["stage"], counts=counts,
         )  # fmt: skip
     played = {(e.task, e.variation): e for e in tqdm(stream, total=len(panel), desc=config.name)}
@@ -95,10 +97,8 @@ def main(config: Config) -> dict:
     torch.set_num_threads(config.threads or torch.get_num_threads())
     if config.agent == "policy" and config.checkpoint is None:
         raise ValueError("--agent policy needs --checkpoint FOLDER: train one with train_sft.py")
-    if config.split == "test" and not config.reason:
-        raise ValueError(
-            "a test split is reported once: say --reason '...'; choose between checkpoints on --split dev"
-        )
+    if config.split in HELD_OUT and not config.reason:
+        raise ValueError("a test split is reported once: say --reason '...'; choose on dev or valid_seen")
     if config.candidates > 1 and (config.agent != "policy" or config.temperature):
         raise ValueError("--candidates needs --agent policy, and --temperature 0: it samples at 1 by itself")
     panel = read_panel(config.env, config.panel, config.split, config.limit)
@@ -127,7 +127,8 @@ def main(config: Config) -> dict:
             (sum(counts.prompt_tokens.values()) + sum(counts.completion_tokens.values())) / steps, 1
         ),
         "parse_failure_rate": round(counts.parse_failures / max(1, counts.decisions["executor"]), 4),
-        "max_actions": config.max_actions, "subtasks": completion.summary(episodes, ends_of(config, meta)),
+        "max_actions": annotate.max_actions(config.env, config.max_actions),
+        "subtasks": completion.summary(episodes, ends_of(config, meta)),
         "mean_steps": round(steps / len(episodes), 1),
         "scores": [e.score for e in episodes], "minutes": round((time.time() - began) / 60, 2),
         **provenance(),
@@ -136,7 +137,7 @@ def main(config: Config) -> dict:
     path = config.out / "results" / f"{config.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
-    if config.split == "test":
+    if config.split in HELD_OUT:
         adapter = file_hash(config.checkpoint / "adapter") if config.checkpoint else meta.get("base", "")
         record = {k: result[k] for k in ("panel", "agent", "macro_mean", "ci95", "commit", "command")}
         RESULTS.mkdir(exist_ok=True)

@@ -13,45 +13,45 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator
 from typing import Literal
 
-from annotate import MAX_ACTIONS, ROOMS_AND_TOOLS, annotate, judge, progress_text, unknown_names
+from annotate import annotate, rules
 from data import Episode, read_episodes
 from prompts import NO_PROGRESS, compact, split_obs
 
 
 # --- honest: every label follows from what its level sees -------------------------------------------------
-def check(episode: Episode, rules: bool = True) -> list[str]:
-    """All problems of one annotated episode. rules=False: progress need only pass the name test."""
-    problems, covered = [], 0
+def check(episode: Episode, by_rules: bool = True) -> list[str]:
+    """All problems of one annotated episode. by_rules=False: progress need only pass the name test."""
+    problems, covered, cap = [], 0, rules(episode.env).MAX_ACTIONS
     for s, segment in enumerate(episode.segments):
         where, start, end = f"{episode.id} segment {s} {segment.subtask!r}", segment.start, segment.end
-        if start != covered or not 1 <= end - start <= MAX_ACTIONS or end > len(episode.turns):
-            wrong = f"turns {start}-{end} do not follow turn {covered} with 1 to {MAX_ACTIONS} actions"
+        if start != covered or not 1 <= end - start <= cap or end > len(episode.turns):
+            wrong = f"turns {start}-{end} do not follow turn {covered} with 1 to {cap} actions"
             return [*problems, f"{where}: {wrong}"]
-        problems += [f"{where}: {problem}" for problem in _segment_problems(episode, s, rules)]
+        problems += [f"{where}: {problem}" for problem in _segment_problems(episode, s, by_rules)]
         covered = end
     if covered != len(episode.turns):
         problems.append(f"{episode.id}: the segments cover {covered} of {len(episode.turns)} turns")
     return problems
 
 
-def _segment_problems(episode: Episode, s: int, rules: bool) -> Iterator[str]:
+def _segment_problems(episode: Episode, s: int, by_rules: bool) -> Iterator[str]:
     segment, earlier, later = episode.segments[s], episode.segments[:s], episode.segments[s + 1 :]
-    name, last = segment.subtask, segment.end - 1
+    name, last, world = segment.subtask, segment.end - 1, rules(episode.env)
     handed_over = earlier[-1].final_progress if earlier else NO_PROGRESS
-    seen = [episode.description, handed_over, episode.turns[segment.start].obs, ROOMS_AND_TOOLS]
-    if unknown := unknown_names(name, *seen, *(done.subtask for done in earlier)):
+    seen = [episode.description, handed_over, episode.turns[segment.start].obs, world.COMMON_NAMES]
+    if unknown := world.unknown_names(name, *seen, *(done.subtask for done in earlier)):
         yield f"the planner has not seen {unknown}"
     progress = NO_PROGRESS
     for i, turn in enumerate(episode.turns[segment.start : segment.end], segment.start):
-        verdict = judge(name, episode.obs_after(i))
+        verdict = world.judge(name, episode.obs_after(i))
         labels = (name, progress, i == last, verdict)
         if (turn.subtask, turn.progress, turn.claimed_done, turn.verified_done) != labels:
             yield f"turn {i} does not carry its subtask, progress, claim and verdict {labels}"
         feedback = split_obs(episode.obs_after(i))[0]
         text = segment.final_progress if i == last else episode.turns[i + 1].progress
-        if rules and text != progress_text(name, progress, turn.action, feedback):
+        if by_rules and text != world.progress_text(name, progress, turn.action, feedback):
             yield f"progress after turn {i} is {text!r}, not progress_text of its inputs"
-        if unknown := unknown_names(text, name, progress, turn.action, feedback):
+        if unknown := world.unknown_names(text, name, progress, turn.action, feedback):
             yield f"progress after turn {i} names {unknown}, which are not in its inputs"
         if verdict and i != last:
             yield f"complete already after turn {i}"

@@ -46,8 +46,29 @@ _RULES = [
 _COMPILED = [(re.compile(pattern), replacement) for pattern, replacement in _RULES]
 
 
+def _room(match: re.Match) -> str:
+    """ALFWorld's list of receptacles: "a drawer 2, a drawer 1, and a safe 1" -> "room: drawer 2, safe 1"."""
+    highest = {}
+    for kind, number in re.findall(r"\ba (\w+) (\d+)", match[1]):
+        highest[kind] = max(int(number), highest.get(kind, 0))
+    return "room: " + ", ".join(f"{kind} {number}" for kind, number in highest.items())
+
+
+_ALFWORLD = [
+    (r"You are in the middle of a room\. Looking quickly around you, you see ([^.]*)\.?", _room),
+    (r"You (?:arrive at|open) [\w ]+\. (?=The|On the)", ""),
+    (r"(?:On the ([\w ]+)|The ([\w ]+) is open\. In it), you see ", r"\1\2: "),
+    (r"You are not carrying anything", "carrying nothing"),
+    (r"You are carrying: ", "carrying "),
+    (r"\b(?:and )?(?:[Tt]he|a) (?=\w+ \d)", ""),
+]
+_ALFWORLD = [(re.compile(pattern), replacement) for pattern, replacement in _ALFWORLD]
+
+
 def compact(text: str) -> str:
-    """ScienceWorld's texts without their fixed phrases: 138 words of a room become 60, no object is lost."""
+    """A world's text without its fixed phrases: 138 words of a room become 60, no object is lost."""
+    for pattern, replacement in _ALFWORLD if re.search(r"[a-z] \d+\b|carrying", text) else []:
+        text = pattern.sub(replacement, text)
     for pattern, replacement in _COMPILED:
         text = pattern.sub(replacement, text)
     return text.strip(" .,")

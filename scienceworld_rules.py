@@ -1,21 +1,14 @@
-"""Annotation: splits flat actions into subtasks, writes progress and judges completion, by rules.
+"""Subtasks, local progress and verdicts for ScienceWorld, by rules: what annotate.py asks of a world.
 
-GLIDER (arXiv:2505.19761) and STEP-HRL (arXiv:2604.05808, sec. 4) ask a large model (teacher.py). These rules
-need none; their progress is a pure function of what the progress policy sees. They know ScienceWorld only.
-What this file does not do: play, train, or tell how good its labels are (labels.py).
+The progress is a pure function of what the progress policy sees. What this file does not do: play, train, or
+tell how good its labels are (labels.py).
 """
 
-import copy
 import re
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Protocol
 
-from data import Episode, Segment
-from prompts import NO_PROGRESS, compact, split_obs
+from prompts import compact, split_obs
 
-MAX_ACTIONS = 12  # cap of one group; what takes longer goes on under the same name in the next group
-Group = tuple[str, int, int]  # subtask, start, end: actions[start:end]
+MAX_ACTIONS, MAX_ACTIONS_IN_PLAY = 12, 15
 
 # --- the house and its words ------------------------------------------------------------------------------
 AROUND_THE_HALLWAY = ["art studio", "bedroom", "greenhouse", "kitchen", "living room", "workshop"]
@@ -28,7 +21,7 @@ for via in ROOMS:  # Floyd-Warshall
     DISTANCE = {(a, b): min(d, DISTANCE[a, via] + DISTANCE[via, b]) for (a, b), d in DISTANCE.items()}
 
 # Names that a subtask may use unseen: the same in every house, and the stages of life.
-ROOMS_AND_TOOLS = f"""{" ".join(ROOMS)} thermometer metal pot sink stove freezer blast furnace oven water
+COMMON_NAMES = f"""{" ".join(ROOMS)} thermometer metal pot sink stove freezer blast furnace oven water
     stopwatch shovel soil jug recipe battery wire block egg hatchling juvenile adult baby seed seedling stage
     reproducing tadpole caterpillar pupa"""
 PLAIN_WORDS = frozenset(  # words that name no object, place or number
@@ -293,7 +286,7 @@ def _other_kind(lines: list[str], feedbacks: list[str], i: int, obs: str) -> tup
     return i + 1, "try another action"
 
 
-def split(description: str, actions: list[str], observations: list[str]) -> list[Group]:
+def split(description: str, actions: list[str], observations: list[str]) -> list[tuple[str, int, int]]:
     """Groups of at most MAX_ACTIONS actions; N actions, N + 1 observations."""
     feedbacks = [untitled(split_obs(obs)[0]) for obs in observations[1:]]
     lines, groups, i = _marked(actions, feedbacks), [], 0
@@ -302,49 +295,9 @@ def split(description: str, actions: list[str], observations: list[str]) -> list
         if end == i:
             end, name = _other_kind(lines, feedbacks, i, observations[i])
             names = [subtask for subtask, _, _ in groups]
-            seen = [description, *names, *feedbacks[i - 1 : i], observations[i], ROOMS_AND_TOOLS]
+            seen = [description, *names, *feedbacks[i - 1 : i], observations[i], COMMON_NAMES]
             if unknown_names(name, *seen):  # no planner could find this name
                 name = "try another action"
         groups += [(name, start, min(start + MAX_ACTIONS, end)) for start in range(i, end, MAX_ACTIONS)]
         i = end
     return groups
-
-
-# --- episodes ---------------------------------------------------------------------------------------------
-class Teacher(Protocol):
-    """Whoever annotates instead of the rules: teacher.ChatTeacher."""
-
-    def annotate(self, episode: Episode) -> Episode: ...
-
-
-def fill_in(episode: Episode, groups: list[Group], write: Callable[..., str] = progress_text) -> Episode:
-    """A new episode with these subtasks, and progress by write(subtask, previous, action, feedback)."""
-    new = copy.deepcopy(episode)
-    new.segments = []
-    for subtask, start, end in groups:
-        progress = NO_PROGRESS
-        for i, turn in enumerate(new.turns[start:end], start):
-            turn.subtask, turn.progress, turn.claimed_done = subtask, progress, i == end - 1
-            turn.verified_done = judge(subtask, new.obs_after(i))
-            progress = write(subtask, progress, turn.action, split_obs(new.obs_after(i))[0])
-        new.segments.append(Segment(subtask, start, end, progress))
-    return new
-
-
-def flat(episode: Episode) -> Episode:
-    """A new episode with one subtask, the task itself, progress by rules: what a flat agent learns from."""
-    task, subtasks = compact(episode.description), [s.subtask for s in episode.segments]
-    whole = [(task, 0, len(episode.turns))]  # and no decisions: they were sampled for other prompts
-    return episode if subtasks == [task] else fill_in(replace(episode, decisions=[]), whole)
-
-
-def annotate(episode: Episode, teacher: Teacher | None = None) -> Episode:
-    """A new episode with subtasks, progress, segments and verdicts, by these rules or by `teacher`."""
-    ended = [i for i, turn in enumerate(episode.turns) if turn.terminated]
-    if ended:  # what follows completion is dropped
-        turns, final_obs = episode.turns[: ended[0] + 1], episode.obs_after(ended[0])
-        episode = replace(episode, turns=turns, final_obs=final_obs, segments=[])
-    if teacher:
-        return teacher.annotate(episode)
-    observations = [turn.obs for turn in episode.turns] + [episode.final_obs]
-    return fill_in(episode, split(episode.description, [turn.action for turn in episode.turns], observations))

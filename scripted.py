@@ -24,24 +24,24 @@ TEMPLATES = {
 
 def play(
     pool: EnvPool,
-    panel: list[tuple[str, int]],
+    panel: list[tuple[str, int | str]],
     env: str,
     source: str,
     choose: Callable,
     look_up: str = "",
-    gold: bool = False,
+    path: str = "",
 ) -> Iterator[Episode]:
     """Plays `panel` in lockstep and yields episodes as they end.
 
     choose(episode so far, now, extra) -> action, or None to stop.
-    extra: the answer of the world's method `look_up` before each action, or the gold path of the episode.
+    extra: the answer of the world's method `look_up` before each action, or of `path` before the episode.
     """
     waiting, running, extra = list(reversed(panel)), {}, {}
     while waiting or running:
         free = [slot for slot in range(pool.size) if slot not in running][: len(waiting)]
         starts = {slot: waiting.pop() for slot in free}
-        if gold:
-            extra |= pool.call({slot: ("gold_path", *episode) for slot, episode in starts.items()})
+        if path:
+            extra |= pool.call({slot: (path, *episode) for slot, episode in starts.items()})
         for slot, now in pool.call({slot: ("reset", *episode) for slot, episode in starts.items()}).items():
             running[slot] = (Episode(env, *starts[slot], now.description, source=source), now)
         if look_up:
@@ -63,13 +63,18 @@ def play(
                 yield running.pop(slot)[0]
 
 
-def play_gold(pool: EnvPool, panel: list, env: str) -> Iterator[Episode]:
-    """Replays the simulator's own solutions; actions after completion are dropped, the episode being over."""
+def play_gold(pool: EnvPool, panel: list, env: str, expert: str = "gold") -> Iterator[Episode]:
+    """Replays an expert's solutions; actions after completion are dropped, the episode being over.
+
+    expert: "gold" is the simulator's own path in ScienceWorld, the searching expert's in ALFWorld, which has
+    "oracle" and "recorded" besides.
+    """
 
     def choose(episode: Episode, now: StepResult, path: list[str]) -> str | None:
         return path[len(episode.turns)] if len(episode.turns) < len(path) else None
 
-    return play(pool, panel, env, "expert", choose, gold=True)
+    source = "expert" if expert == "gold" else expert
+    return play(pool, panel, env, source, choose, path=f"{expert}_path")
 
 
 def play_random(pool: EnvPool, panel: list, env: str, seed: int) -> Iterator[Episode]:
@@ -92,8 +97,32 @@ def visible_names(text: str) -> list[str]:
     return [name for part in parts if (name := re.sub(states, "", part).strip(" ."))]
 
 
+# The same for ALFWorld, over what is admissible; one in ten is what was admissible to somebody else.
+VERBS = {"go": 6, "open": 5, "take": 6, "move": 3, "clean": 3, "heat": 3, "cool": 3, "use": 3, "examine": 1}
+
+
+def play_explore_admissible(pool: EnvPool, panel: list, env: str, seed: int) -> Iterator[Episode]:
+    """play_explore where the world lists its admissible commands cheaply (ALFWorld)."""
+
+    def choose(episode: Episode, now: StepResult, valid: list[str]) -> str:
+        rng = random.Random(
+            episode_seed(seed, episode.task, episode.variation, len(episode.turns), "explore")
+        )
+        verbs = [command.split()[0] for command in valid]
+        chances = [VERBS.get(verb, 0.3) / verbs.count(verb) for verb in verbs]
+        action = rng.choices(valid, chances)[0]
+        if rng.random() < 0.1:
+            words = " ".join(valid).split()
+            action = re.sub(r"\w+ \d+$", f"{rng.choice(words)} {rng.randint(1, 4)}", action)
+        return action
+
+    return play(pool, panel, env, f"explore-{seed}", choose, look_up="valid_actions")
+
+
 def play_explore(pool: EnvPool, panel: list, env: str, seed: int) -> Iterator[Episode]:
     """Random actions on things in view: text about the world without any gold action."""
+    if env.startswith("alfworld"):
+        return play_explore_admissible(pool, panel, env, seed)
 
     def choose(episode: Episode, now: StepResult, _) -> str:
         rng = random.Random(

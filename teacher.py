@@ -9,7 +9,7 @@ import os
 import urllib.request
 from dataclasses import dataclass
 
-from annotate import FORMS, MAX_ACTIONS, Group, fill_in
+from annotate import Group, fill_in, rules
 from data import Episode
 from labels import check
 from prompts import compact, split_obs
@@ -88,9 +88,9 @@ class ChatTeacher:
             description=episode.description,
             obs=compact(episode.turns[0].obs),
             steps="\n".join(steps),
-            cap=MAX_ACTIONS,
+            cap=rules(episode.env).MAX_ACTIONS,
             count=len(steps),
-            forms=FORMS,
+            forms=rules(episode.env).FORMS,
             complaint=problem and f"Your last answer was refused: {problem}",
         )
         return parse_groups(self.ask(prompt), len(steps))
@@ -117,7 +117,7 @@ class ChatTeacher:
         for _ in range(self.attempts):
             try:
                 new = fill_in(episode, self.split(episode, problem), self.progress_text)
-                problem = (check(new, rules=False) or [""])[0]
+                problem = (check(new, by_rules=False) or [""])[0]
             except ValueError as error:
                 problem = str(error)
             if not problem:

@@ -1,10 +1,11 @@
 """Script: trains the small language model that ships in base/, from exploration text of train variations.
 
-    python collect.py --source explore --panel full --out out/base/explore.jsonl
-    python base/pretrain.py --text out/base/explore.jsonl
+    python collect.py --source explore --panel full --limit 50 --max-steps 40 --out out/base/explore.jsonl
+    python collect.py --env alfworld --source explore --max-steps 40 --out out/base/explore_alfworld.jsonl
+    python base/pretrain.py --text out/base/explore.jsonl out/base/explore_alfworld.jsonl
 
-The text holds observations and random actions: no gold path and no role prompt, so what SFT and RL add is
-theirs. Resumable.
+The text holds observations, random actions and questions on what was just read: no gold path and no role
+prompt, so what SFT and RL add is theirs. Resumable.
 """
 
 import json
@@ -52,24 +53,43 @@ def document(episode: Episode, rng: random.Random) -> str:
 
     Most actions that the world did not understand are left out.
     """
-    lines = [f"Task: {prompts.compact(episode.description)}"]
+    lines, names = [f"Task: {prompts.compact(episode.description)}"], visible(episode)
     for t, turn in enumerate(episode.turns):
         understood = not episode.obs_after(t).startswith(prompts.NOT_UNDERSTOOD)
         if not understood and rng.random() < 0.7:
             continue
         if t == 0 or rng.random() < 0.5:
             lines.append(f"Observation: {prompts.render(turn.obs)}")
+            lines += [question(things(turn.obs), names, rng)] * (rng.random() < 0.5)
         lines.append(f"Action: {turn.action}")
         lines.append(f"Result: {prompts.split_obs(episode.obs_after(t))[0]}; {understood}")
     return "\n".join(lines)
 
 
+def things(obs: str) -> dict[str, str]:
+    """Names of the things that an observation lists -> how they are spoken of: "mug" -> "mug 2"."""
+    feedback, room, _ = prompts.split_obs(obs)
+    if not room.startswith("room: "):
+        return {name: "yes" for name in visible_names(room)}
+    return {kind: f"{kind} {number}" for kind, number in re.findall(NUMBERED, feedback.partition(": ")[2])}
+
+
+NUMBERED = r"([a-z]+) (\d+)"  # ALFWorld's names
+
+
+def question(here: dict[str, str], names: list[str], rng: random.Random) -> str:
+    """Is a thing of this episode in the list that was just read? Half of those asked for are."""
+    name = rng.choice(list(here)) if here and rng.random() < 0.5 else rng.choice(names or ["air"])
+    return f"Is there {name}? {here.get(name, 'no')}"
+
+
 def visible(episode: Episode) -> list[str]:
-    """Names of all things seen in an episode; rooms keep theirs."""
-    rooms = {prompts.split_obs(turn.obs)[1].partition(":")[0] for turn in episode.turns}
-    return sorted(
-        {name for turn in episode.turns for name in visible_names(prompts.split_obs(turn.obs)[1])} - rooms
-    )
+    """Names of all things seen in an episode; ScienceWorld's rooms keep theirs."""
+    parts = [prompts.split_obs(turn.obs) for turn in episode.turns]
+    if any(room.startswith("room: ") for _, room, _ in parts):
+        return sorted({kind for part in parts for text in part for kind, _ in re.findall(NUMBERED, text)})
+    rooms = {room.partition(":")[0] for _, room, _ in parts}
+    return sorted({name for _, room, _ in parts for name in visible_names(room)} - rooms)
 
 
 def rename(text: str, names: list[str], words: list[str], rng: random.Random) -> str:

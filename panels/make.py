@@ -1,12 +1,14 @@
-"""Script: writes panels/scienceworld_*.txt from the simulator's own splits: `python panels/make.py`.
+"""Script: writes the episode lists: `python panels/make.py scienceworld`, `python panels/make.py alfworld`.
 
-Committed once; evaluation only reads them.
+ScienceWorld's come from the simulator's own splits, ALFWorld's from the official games in $ALFWORLD_DATA and
+from games that alfworld_games.py generates. Committed once; evaluation only reads them.
 """
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from alfworld_games import GameFile, generate, read_games  # noqa: E402
 from scienceworld_env import ScienceWorld  # noqa: E402
 
 # The six types without data in the papers' panel; GLIDER and STEP-HRL both leave them out.
@@ -35,7 +37,20 @@ def write(
     (Path(__file__).parent / f"scienceworld_{name}_{split}.txt").write_text("\n".join(header + lines) + "\n")
 
 
-def main() -> None:
+def alfworld() -> None:
+    for split, count in {"train": 1200, "valid_seen": 60, "valid_unseen": 60}.items():
+        write_games("official", split, read_games(split, "official"), "the solvable official games")
+        games = generate(split, count)
+        write_games("demo", split, games, "generated games, NOT official ones: a look-alike for quick runs")
+
+
+def write_games(name: str, split: str, games: list[GameFile], note: str) -> None:
+    lines = sorted(f"{game.task_type} {game.id}" for game in games)
+    header = [f"# ALFWorld {split}: {note}", f"# {len(lines)} episodes: task type, game id"]
+    (Path(__file__).parent / f"alfworld_{name}_{split}.txt").write_text("\n".join(header + lines) + "\n")
+
+
+def scienceworld() -> None:
     world = ScienceWorld()
     full = {task: world.splits(task) for task in world.tasks}
     world.close()
@@ -65,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    {"scienceworld": scienceworld, "alfworld": alfworld}[sys.argv[1]]()

@@ -1,22 +1,15 @@
 """Script: alfworld_fast.py against the real engine, step for step -> results/alfworld_difftest.json.
 
-Needs the package (lean, it compiles a planner): python -m venv /tmp/alfvenv, then with its pip
-    install --no-deps alfworld==0.4.2 textworld==1.7.0 fast-downward-textworld==20.6.4 jericho==3.3.1
-    install numpy tqdm networkx more_itertools tatsu==5.8.3 hashids mementos termcolor prompt_toolkit tyro
-and runs in about 10 minutes on one core:
+Needs `make alfworld` and runs in about 10 minutes on one core:
     export ALFWORLD_DATA=...
-    /tmp/alfvenv/bin/python recipes/alfworld_difftest.py --out results/alfworld_difftest.json
+    python recipes/alfworld_difftest.py --out results/alfworld_difftest.json
 Compared after every command: the observation, the whole sorted list of admissible commands, and `won`. Both
 engines play each step in turn. Every 20th game runs the real engine as shipped, for the speed table; in the
 others it keeps what it parsed (a pure function of its text), and reset() takes the translation of load().
 """
 
-import copy
 import json
-import os
-import platform
 import random
-import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
@@ -24,20 +17,15 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import textworld
-import textworld.envs.pddl.logic as logic
-import textworld.envs.pddl.textgen as textgen
 import tyro
-from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
-from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
-from textworld.envs import PddlEnv
-from textworld.logic import Rule
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from alfworld_experts import oracle  # noqa: E402
 from alfworld_fast import Engine, parse_game  # noqa: E402
 from alfworld_games import TASK_TYPES, GameFile, generate, read_games  # noqa: E402
+from alfworld_textworld import Reference  # noqa: E402
+from run import provenance  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -50,78 +38,6 @@ class Plan:
     stock_every: int = 20  # every n-th game runs the real engine unpatched; 0 is never
     seed: int = 0
     out: str = ""  # file for the report, e.g. results/alfworld_difftest.json; "" prints it only
-
-
-# --- the real engine ----------------------------------------------------------------------------------------
-def game_data(game: GameFile, grammar: str) -> dict:
-    """The content of game.tw-pddl; for "put" the domain and texts of alfworld 0.3.5, as in games 2.1.1."""
-    domain, texts = Path(ALFRED_PDDL_PATH).read_text(), Path(ALFRED_TWL2_PATH).read_text()
-    if grammar == "put":
-        domain, texts = domain.replace(_block(domain, "(:action help", "\n)\n"), ""), old_texts(texts)
-    return {
-        "pddl_domain": domain,
-        "grammar": texts.replace("UNKNOWN GOAL", game.task),
-        "pddl_problem": game.problem,
-    }
-
-
-def old_texts(texts: str) -> str:
-    for new, old in (
-        ("You arrive at {r.name}.", "You arrive at {lend.name}."),
-        ("You move the {o.name} to the {r.name}.", "You put the {o.name} in/on the {r.name}."),
-        ('"move {o} to {r}"', '"put {o} in/on {r}"'),
-    ):
-        assert new in texts, f"alfworld changed its grammar: {new!r} is not in it"
-        texts = texts.replace(new, old)
-    return texts.replace(_block(texts, "action help {", '""";\n}'), "")
-
-
-def _block(text: str, start: str, end: str) -> str:
-    begin = text.index(start)
-    return text[begin : text.index(end, begin) + len(end)]
-
-
-class Reference:
-    """The real engine, one object for all games: a new one loads a 34 MB library that is never freed."""
-
-    def __init__(self):
-        infos = textworld.EnvInfos(won=True, admissible_commands=True)
-        self.env = AlfredDemangler(PddlEnv(infos))
-        self.shipped = (textgen._parse_and_convert, Rule.parse_conjunctive_query, logic.PddlState)
-        self.parsed, self.queries, self.fresh = {}, {}, None
-
-    def patch(self, on: bool) -> None:
-        """Parses of the same text are kept, and reset() takes the state that load() just translated."""
-        parse, query, state = self.shipped
-
-        def kept_parse(text, rule_name=None, **kwargs):
-            key = text, rule_name
-            if key not in self.parsed:
-                self.parsed[key] = parse(text, rule_name=rule_name, **kwargs)
-            return copy.deepcopy(self.parsed[key])
-
-        def kept_query(expression):
-            if expression not in self.queries:
-                self.queries[expression] = query(expression)
-            return self.queries[expression]
-
-        def kept_state(library, problem, game_logic):
-            key, (old_key, old) = (problem, game_logic), self.fresh or (None, None)
-            self.fresh = None if old_key == key else (key, state(library, problem, game_logic))
-            return old if old_key == key else self.fresh[1]
-
-        textgen._parse_and_convert = kept_parse if on else parse
-        Rule.parse_conjunctive_query = kept_query if on else query
-        logic.PddlState = kept_state if on else state
-
-    def start(self, game: GameFile, grammar: str):
-        arguments, self.fresh = sys.argv, None
-        self.env.load(game_data(game, grammar))  # overwrites sys.argv
-        sys.argv = arguments
-        return self.env.reset()
-
-    def step(self, command: str):
-        return self.env.step(command)[0]
 
 
 # --- the walk -----------------------------------------------------------------------------------------------
@@ -166,14 +82,15 @@ def compare(game: GameFile, grammar: str, reference: Reference, steps: int, rng:
         spent[name] += time.process_time() - start
         return result
 
-    state = timed("real start", reference.start, game, grammar)
+    reference.grammar = grammar
+    timed("real start", reference.reset, game)
     engine = timed("fast start", lambda: Engine(parse_game(game.problem, game.task), grammar))
     obs, won, done, mismatches, example, wins = engine.reset(), engine.won, 0, 0, None, 0
     commands = walk(engine, steps, rng)
     command = "(reset)"
     while True:
         admissible = timed("fast admissible", engine.admissible)
-        theirs = [state["feedback"], state["admissible_commands"], bool(state["won"])]
+        theirs = [reference.state["feedback"], reference.admissible(), reference.won]
         if theirs != [obs, admissible, won]:
             mismatches += 1
             odd = sorted(set(theirs[1]) ^ set(admissible))
@@ -181,7 +98,7 @@ def compare(game: GameFile, grammar: str, reference: Reference, steps: int, rng:
         wins += won
         if (command := next(commands, None)) is None:
             break
-        state = timed("real step", reference.step, command)
+        timed("real step", reference.step, command)
         obs, won = timed("fast step", engine.step, command)
         done += 1
     return {"steps": done, "mismatches": mismatches, "won": int(wins > 0), "example": example, "spent": spent}
@@ -253,37 +170,11 @@ def speed(spent: dict[bool, Counter], steps: Counter) -> dict:
     return table
 
 
-def origin() -> dict:
-    """Provenance as of every result; where torch is not installed, what can be said without it."""
-    try:
-        from run import provenance
-
-        common = provenance()
-    except ImportError:
-        changed = "+changes" if _read("git", "status", "--porcelain", "-uno") else ""
-        cpu = [line.partition(": ")[2] for line in _read("lscpu").splitlines() if "Model name" in line]
-        common = {
-            "command": " ".join(["python", "recipes/alfworld_difftest.py", *sys.argv[1:]]),
-            "commit": _read("git", "rev-parse", "--short=12", "HEAD") + changed,
-            "versions": {"python": platform.python_version()},
-            "hardware": f"{os.cpu_count()} x {''.join(cpu).strip() or platform.machine()}, one process",
-        }
-    packages = ("alfworld", "textworld", "fast-downward-textworld")
-    return common | {"versions": common["versions"] | {name: version(name) for name in packages}}
-
-
-def _read(*command: str) -> str:
-    """What a command says about this machine or folder; "" where there is no such command."""
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:
-        return ""
-
-
 def main(plan: Plan) -> None:
-    started = origin()  # before the package overwrites sys.argv
     start = time.time()
-    report = run(plan) | {"minutes": round((time.time() - start) / 60, 1), **started}
+    report = run(plan) | {"minutes": round((time.time() - start) / 60, 1), **provenance()}
+    packages = ("alfworld", "textworld", "fast-downward-textworld")
+    report["versions"] |= {name: version(name) for name in packages}
     print(json.dumps(report, indent=1))
     if plan.out:
         Path(plan.out).write_text(json.dumps(report, indent=1) + "\n")

@@ -337,8 +337,8 @@ def test_recorded_official_episodes_give_the_recorded_texts():
 
 
 def test_the_real_engine_gives_the_same_texts_commands_and_outcomes():
-    pytest.importorskip("textworld", reason="the real engine is not installed: pip install alfworld")
-    pytest.importorskip("alfworld", reason="the real engine is not installed: pip install alfworld")
+    pytest.importorskip("textworld", reason="the real engine is not installed: make alfworld")
+    pytest.importorskip("alfworld", reason="the real engine is not installed: make alfworld")
     spec = importlib.util.spec_from_file_location("difftest", ROOT / "recipes" / "alfworld_difftest.py")
     difftest = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(difftest)

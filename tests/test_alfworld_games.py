@@ -13,7 +13,7 @@ import pytest
 
 from alfworld_experts import homes, oracle, oracle_command, parse_task, searcher, things_in
 from alfworld_fast import NOTHING, Engine, Goal, parse_game
-from alfworld_games import SPLITS, TASK_TYPES, GameFile, generate, read_games
+from alfworld_games import SPLITS, TASK_TYPES, GameFile, find_game, generate, read_games, recorded_actions
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("ALFWORLD_DATA") or ROOT.parent / "shared" / "alfworld")
@@ -247,29 +247,31 @@ def test_the_searcher_visits_where_things_usually_are_and_opens_what_is_closed()
     )
 
 
-def test_the_searcher_brings_the_second_thing_to_where_the_first_one_is():
+def test_the_searcher_takes_nothing_from_where_two_things_belong_and_begins_each_search_anew():
     converse(
         "you see a bed 1, a shelf 1, and a shelf 2.\n\nYour task is to: put two cd in shelf.",
         [
-            ("go to shelf 1", "You arrive at shelf 1. On the shelf 1, you see nothing."),
             ("go to shelf 2", "You arrive at shelf 2. On the shelf 2, you see a cd 2."),
+            ("take cd 2 from shelf 2", "You pick up the cd 2 from the shelf 2."),
+            ("go to shelf 1", "You arrive at shelf 1. On the shelf 1, you see a cd 3."),
+            ("move cd 2 to shelf 1", "You move the cd 2 to the shelf 1."),
+            ("go to shelf 2", "You arrive at shelf 2. On the shelf 2, you see nothing."),
             ("go to bed 1", "You arrive at bed 1. On the bed 1, you see a cd 1."),
             ("take cd 1 from bed 1", "You pick up the cd 1 from the bed 1."),
-            ("go to shelf 2", "You arrive at shelf 2. On the shelf 2, you see a cd 2."),
-            ("move cd 1 to shelf 2", "You move the cd 1 to the shelf 2."),
+            ("go to shelf 1", "You arrive at shelf 1. On the shelf 1, you see a cd 2."),
+            ("move cd 1 to shelf 1", "You move the cd 1 to the shelf 1."),
         ],
     )
 
 
-def test_the_searcher_remembers_the_lamp_it_saw_and_gives_up_when_all_was_seen():
+def test_the_searcher_looks_for_the_lamp_and_gives_up_when_all_was_seen():
     task = "\n\nYour task is to: look at mug under the desklamp."
     converse(
-        "you see a desk 1, and a shelf 1." + task,
+        "you see a bed 1, and a desk 1." + task,
         [
-            ("go to desk 1", "You arrive at desk 1. On the desk 1, you see a desklamp 1."),
-            ("go to shelf 1", "You arrive at shelf 1. On the shelf 1, you see a mug 1."),
-            ("take mug 1 from shelf 1", "You pick up the mug 1 from the shelf 1."),
-            ("go to desk 1", "You arrive at desk 1. On the desk 1, you see a desklamp 1."),
+            ("go to desk 1", "You arrive at desk 1. On the desk 1, you see a desklamp 1, and a mug 1."),
+            ("take mug 1 from desk 1", "You pick up the mug 1 from the desk 1."),
+            ("examine desk 1", "On the desk 1, you see a desklamp 1."),  # what it listed is forgotten
             ("use desklamp 1", "You turn on the desklamp 1."),
         ],
     )
@@ -311,3 +313,26 @@ def test_both_experts_win_all_official_validation_games(official):
         assert play_oracle(load(game)) <= 12, game.id
         assert play_searcher(load(game)) <= 50, game.id
         assert play_searcher(load(game, "put")) <= 50, game.id
+
+
+def test_an_official_game_and_its_record_are_found_by_id(official):
+    game = official["valid_unseen"][7]
+    assert find_game(game.id) == game
+    if (DATA / "gt_train.jsonl.xz").exists():
+        name = "look_at_obj_in_light-AlarmClock-None-DeskLamp-301/trial_T20190907_174127_043461"
+        engine = load(find_game(name))
+        assert [engine.step(action)[1] for action in recorded_actions(name)][-1]
+    with pytest.raises(ValueError, match="no recorded trajectory of .*: only official train games have one"):
+        recorded_actions(game.id)
+    with pytest.raises(ValueError, match="no game 'x/y' in"):
+        find_game("x/y")
+
+
+def test_a_generated_game_is_made_again_from_its_id(generated, monkeypatch):
+    monkeypatch.delenv("ALFWORLD_DATA", raising=False)
+    game = generated["valid_unseen"][7]
+    assert find_game(game.id) == game
+    with pytest.raises(ValueError, match="this version does not generate x/generated_train_0_00003"):
+        find_game("x/generated_train_0_00003")
+    with pytest.raises(FileNotFoundError, match="official games need ALFWORLD_DATA"):
+        find_game("pick_and_place_simple-Mug-None-Desk-308/trial_T1")

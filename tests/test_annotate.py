@@ -4,13 +4,14 @@ import copy
 
 import pytest
 
-from annotate import MAX_ACTIONS, annotate, flat, judge, progress_text, split
+from annotate import annotate, flat
 from data import Decision, Episode, Turn, transitions
 from envs import StepResult
 from hierarchy import rollout
 from labels import check, leaks
 from model import Answer
 from prompts import NO_PROGRESS, compact, executor_answer
+from scienceworld_rules import MAX_ACTIONS, judge, progress_text, split
 
 HALLWAY = (
     "This room is called the hallway. In it, you see: \n\tthe agent\nYou also see:\n\tA door to the kitchen"

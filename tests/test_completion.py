@@ -7,9 +7,10 @@ import pytest
 from test_annotate import small_episode
 from test_data import make_episode
 
-from annotate import annotate, judge
+from annotate import annotate
 from completion import agreement, ended_by, noisy, rejudge, summary
 from labels import check
+from scienceworld_rules import judge
 
 QUESTIONS = [(f"get the pot {i % 50}", f"You see {i}.") for i in range(2000)]
 

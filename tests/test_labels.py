@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from test_annotate import small_episode
 
-from annotate import MAX_ACTIONS, annotate
+from annotate import annotate
 from data import Episode, write_episodes
 from labels import ambiguity, check, leaks
+from scienceworld_rules import MAX_ACTIONS
 
 ROOT = Path(__file__).parent.parent
 
@@ -83,7 +84,7 @@ def test_check_catches_a_group_above_the_cap():
 def test_another_teachers_wording_passes_only_without_the_rules():
     episode = annotate(small_episode())
     episode.turns[1].progress = "Opened the door to the kitchen."
-    assert check(episode, rules=False) == [] and len(check(episode)) == 1
+    assert check(episode, by_rules=False) == [] and len(check(episode)) == 1
 
 
 def test_leaks_are_found_between_episodes():

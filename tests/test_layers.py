@@ -9,18 +9,23 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     "envs prompts model logprob critic readings run scores",
-    "scienceworld_env alfworld_fast logprob_triton progress",  # worlds use the interface in envs
+    "scienceworld_env alfworld_fast logprob_triton progress "  # worlds use the interface in envs
+    "scienceworld_rules alfworld_rules",
     "data diagnostics candidates alfworld_experts",  # diagnostics reads the critic
     "batches annotate hierarchy alfworld_games",
-    "labels scripted learner completion",  # checks of what annotate writes; players without a model
+    "alfworld_textworld",
+    "labels scripted learner completion "  # checks of what annotate writes; players without a model
+    "alfworld_env",
     "teacher viewer",
     "collect train_sft train_orl train_o2o train_hiper eval plot bench demo "
-    "panels/make panels/make_rooms base/pretrain recipes/compare recipes/sweep recipes/alfworld_difftest",
+    "panels/make panels/make_rooms base/pretrain recipes/compare recipes/sweep recipes/alfworld_difftest "
+    "recipes/alfworld_replay",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 SCRIPTS = set(LAYERS[-1].split())
 ON_DEMAND = {  # make_world loads a world only when it is played; CUDA its kernel only where Triton is
     ("envs", "scienceworld_env"),
+    ("envs", "alfworld_env"),
     ("logprob", "logprob_triton"),
 }
 MODULES = [name for name in LAYER if (ROOT / f"{name}.py").exists()]

@@ -1,0 +1,212 @@
+"""alfworld_env.py and alfworld_rules.py: ALFWorld as a text world, its labels, and both engines behind it."""
+
+import re
+
+import pytest
+
+import alfworld_rules
+import annotate
+import prompts
+import scripted
+from alfworld_env import AlfWorld
+from alfworld_games import TASK_TYPES
+from data import transitions
+from envs import EnvPool, make_world, read_panel
+from labels import ambiguity, check, leaks
+
+MUG = ("pick_and_place_simple", read_panel("alfworld", "demo", "valid_seen")[10][1])
+
+
+@pytest.fixture(scope="module")
+def panel() -> list:
+    return read_panel("alfworld", "demo", "train", limit=8)
+
+
+@pytest.fixture(scope="module")
+def gold(panel) -> list:
+    with EnvPool("alfworld", 16, workers=0, max_steps=10**6) as pool:
+        return [annotate.annotate(e) for e in scripted.play_gold(pool, panel, "alfworld")]
+
+
+# --- the world ----------------------------------------------------------------------------------------------
+def test_an_observation_is_the_answer_the_receptacles_and_what_is_carried(gold):
+    for episode in gold:
+        rooms = {turn.obs.split("\n\n")[1] for turn in episode.turns}
+        assert len(rooms) == 1 and "you see a" in rooms.pop()
+        carried = ""
+        for i, turn in enumerate(episode.turns):
+            feedback, _, inventory = episode.obs_after(i).split("\n\n")
+            if taken := re.match(r"take (.+) from", turn.action):
+                carried = taken[1]
+            elif turn.action.startswith("move"):
+                carried = ""
+            assert inventory == (
+                f"You are carrying: a {carried}." if carried else "You are not carrying anything."
+            )
+            assert "Your task" not in feedback
+        assert episode.description.startswith("Your task is to: ")
+
+
+def test_the_world_terminates_with_the_goal_and_truncates_at_the_limit():
+    world = AlfWorld(max_steps=3)
+    first = world.reset(0, *MUG)
+    assert (first.score, first.terminated, first.truncated) == (0, False, False)
+    results = [world.step(0, "look") for _ in range(3)]
+    assert [r.truncated for r in results] == [False, False, True]
+    assert not any(r.terminated or r.success or r.reward for r in results)
+    world = AlfWorld(max_steps=50)
+    world.reset(0, *MUG)
+    *before, last = [world.step(0, action) for action in world.oracle_path(1, *MUG)]
+    assert (last.reward, last.score, last.terminated, last.truncated, last.success) == (
+        1,
+        100,
+        True,
+        False,
+        True,
+    )
+    assert not any(r.reward or r.terminated for r in before)
+
+
+def test_invalid_actions_change_nothing_and_are_known_as_such():
+    world = AlfWorld()
+    world.reset(0, *MUG)
+    feedback = prompts.split_obs(world.step(0, "fly to the moon").obs)[0]
+    assert feedback.startswith(prompts.NOT_UNDERSTOOD)
+
+
+def test_slots_are_episodes_of_their_own_and_the_list_of_valid_actions_belongs_to_one():
+    world, other = AlfWorld(), read_panel("alfworld", "demo", "valid_seen")[0]
+    world.reset(0, *MUG)
+    world.reset(1, *other)
+    go = next(a for a in world.valid_actions(0) if a.startswith("go to"))
+    world.step(0, go)
+    assert go not in world.valid_actions(0) and "look" in world.valid_actions(1)
+
+
+def test_a_panel_that_names_another_type_or_no_game_is_refused(monkeypatch):
+    monkeypatch.delenv("ALFWORLD_DATA", raising=False)
+    with pytest.raises(ValueError, match="is of type pick_and_place_simple, not pick_two_obj_and_place"):
+        AlfWorld().reset(0, "pick_two_obj_and_place", MUG[1])
+    with pytest.raises(FileNotFoundError, match="export ALFWORLD_DATA"):
+        AlfWorld().reset(0, *read_panel("alfworld", "official", "valid_seen")[0])
+    with pytest.raises(ValueError, match="expected one of .*alfworld-reference"):
+        make_world("alfword", 50)
+
+
+def test_panels_have_the_official_sizes_and_say_what_is_generated():
+    sizes = {
+        split: len(read_panel("alfworld", "official", split))
+        for split in ("train", "valid_seen", "valid_unseen")
+    }
+    assert sizes == {"train": 3553, "valid_seen": 140, "valid_unseen": 134}
+    for split in sizes:
+        assert all("/generated_" in game for _, game in read_panel("alfworld-reference", "demo", split))
+        assert {task for task, _ in read_panel("alfworld", "demo", split)} == set(TASK_TYPES)
+
+
+# --- the labels ---------------------------------------------------------------------------------------------
+def test_labels_of_the_searching_expert_are_honest_and_learnable(gold):
+    assert len(gold) == 48 and all(episode.success for episode in gold)
+    assert [problem for episode in gold for problem in check(episode)] + leaks(gold) == []
+    assert ambiguity(gold, "executor") == ambiguity(gold, "planner") == 0
+    for episode in gold:
+        assert all(turn.verified_done == turn.claimed_done for turn in episode.turns)
+
+
+def test_subtasks_are_the_steps_of_the_task(gold):
+    by_type = {e.task: [s.subtask for s in e.segments] for e in gold}
+    assert [s.split()[0] for s in by_type["pick_two_obj_and_place"]] == ["find", "put", "find", "put"]
+    assert [s.split()[0] for s in by_type["pick_heat_then_place_in_recep"]] == ["find", "heat", "put"]
+    assert [s.split()[0] for s in by_type["look_at_obj_in_light"]] == ["find", "use"]
+    assert ", not from" in by_type["pick_two_obj_and_place"][0]
+    assert ", not from" not in by_type["pick_and_place_simple"][0]
+
+
+@pytest.mark.parametrize(
+    "subtask, previous, action, feedback, expected",
+    [
+        ("find and take mug", "None", "go to desk 2", "desk 2: nothing", "searched desk 2."),
+        ("find and take mug", "searched desk 2.", "go to desk 1", "desk 1: pen 1", "searched desk 1."),
+        ("find and take mug", "searched desk 1.", "go to safe 1", "safe 1 is closed",
+         "searched desk 1. at safe 1, closed."),
+        ("find and take mug", "searched desk 1. at safe 1, closed.", "open safe 1", "safe 1: mug 1",
+         "searched desk 1, safe 1."),
+        ("find and take mug", "searched desk 1, safe 2.", "go to desk 3", "desk 3: pen 1",
+         "searched safe 2, desk 3."),
+        ("find and take mug", "searched desk 1.", "go to bed 1", "Nothing happens",
+         "searched desk 1. go to bed 1: nothing happened."),
+        ("find and take mug", "searched desk 1.", "take mug 1 from desk 1", "You pick up mug 1 from desk 1",
+         "picked up mug 1 from desk 1."),
+        ("find and take mug", "searched desk 1.", "take pen 1 from desk 1", "You pick up pen 1 from desk 1",
+         "searched desk 1. picked up pen 1 from desk 1."),
+        ("put mug in safe 1", "None", "go to safe 1", "safe 1 is closed", "at safe 1, closed."),
+        ("put mug in safe 1", "at safe 1, closed.", "open safe 1", "safe 1: nothing", "at safe 1."),
+        ("heat mug", "at microwave 1.", "heat mug 1 with microwave 1", "You heat mug 1 using microwave 1",
+         "heated mug 1 using microwave 1."),
+    ],
+)  # fmt: skip
+def test_progress_by_hand(subtask, previous, action, feedback, expected):
+    assert alfworld_rules.progress_text(subtask, previous, action, feedback) == expected
+
+
+@pytest.mark.parametrize(
+    "subtask, complete, misses",
+    [
+        ("find and take mug", "You pick up the mug 2 from the desk 1.",
+         ["You pick up the mugs 2 from the desk 1.", "You pick up the pen 1 from the desk 1.",
+          "Nothing happens.", "On the desk 1, you see a mug 1."]),
+        ("find and take cd, not from safe 1", "You pick up the cd 1 from the safe 10.",
+         ["You pick up the cd 1 from the safe 1."]),
+        ("clean mug", "You clean the mug 1 using the sinkbasin 1.",
+         ["You heat the mug 1 using the microwave 1."]),
+        ("put mug in safe 1", "You move the mug 1 to the safe 1.",
+         ["You move the mug 1 to the safe 10.", "You move the cup 1 to the safe 1."]),
+        ("use desklamp", "You turn on the desklamp 1.", ["You turn on the floorlamp 1."]),
+        ("try another action", None, ["You turn on the desklamp 1."]),
+    ],
+)  # fmt: skip
+def test_verdicts_by_hand(subtask, complete, misses):
+    rest = "\n\nYou are in the middle of a room. Looking quickly around you, you see a safe 1.\n\nNothing."
+    assert complete is None or alfworld_rules.judge(subtask, complete + rest)
+    assert not any(alfworld_rules.judge(subtask, miss + rest) for miss in misses)
+
+
+def test_texts_are_compacted_without_losing_a_thing():
+    room = "You are in the middle of a room. Looking quickly around you, you see a safe 2, a safe 1, and a "
+    assert prompts.compact(room + "bed 1.") == "room: safe 2, bed 1"
+    seen = "You arrive at bed 1. On the bed 1, you see a cd 2, a cd 1, and a book 1."
+    assert prompts.compact(seen) == "bed 1: cd 2, cd 1, book 1"
+    opened = "You open the safe 2. The safe 2 is open. In it, you see nothing."
+    assert prompts.compact(opened) == "safe 2: nothing"
+    assert prompts.compact("You arrive at safe 2. The safe 2 is closed.") == "safe 2 is closed"
+    assert prompts.compact("You are carrying: a cd 2.") == "carrying cd 2"
+
+
+def test_a_flat_agent_and_all_three_levels_can_be_trained_on_them(gold):
+    episode = next(e for e in gold if e.task == "pick_two_obj_and_place")
+    assert {t.level for t in transitions(episode, "progress")} == {"planner", "executor", "progress"}
+    whole = annotate.flat(episode)
+    assert [s.subtask for s in whole.segments] == [prompts.compact(episode.description)]
+
+
+# --- the real engine ----------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def reference():
+    pytest.importorskip("alfworld", reason="the real engine is not installed: make alfworld")
+    return make_world("alfworld-reference", 50)
+
+
+def test_the_real_engine_behind_the_same_interface_gives_the_same_episodes(reference):
+    fast = make_world("alfworld", 50)
+    for episode in (MUG, read_panel("alfworld", "demo", "valid_seen")[-1]):
+        assert reference.reset(0, *episode) == fast.reset(0, *episode)
+        for action in ["fly", "look", *fast.gold_path(1, *episode)]:
+            assert reference.valid_actions(0) == fast.valid_actions(0)
+            assert reference.step(0, action) == fast.step(0, action)
+        assert fast.step(0, "look").success
+
+
+def test_the_real_engine_plays_one_game_at_a_time_and_says_so(reference):
+    reference.reset(0, *MUG)
+    with pytest.raises(ValueError, match="as many workers as slots, e.g. --slots 2 --workers 2"):
+        reference.reset(1, *MUG)
