@@ -37,12 +37,17 @@ class AlfWorld:
     game at a time in a process, so it serves one slot.
     """
 
-    def __init__(self, max_steps: int = 50, engine: Literal["fast", "reference"] = "fast"):
-        self.max_steps, self.slots, self.reference = max_steps, {}, None
+    def __init__(
+        self,
+        max_steps: int = 50,
+        engine: Literal["fast", "reference"] = "fast",
+        grammar: Literal["move", "put"] = "move",
+    ):
+        self.max_steps, self.grammar, self.slots, self.reference = max_steps, grammar, {}, None
         if engine == "reference":
             from alfworld_textworld import Reference
 
-            self.reference = Reference()
+            self.reference = Reference(grammar)
 
     def close(self) -> None:
         self.slots.clear()
@@ -54,9 +59,12 @@ class AlfWorld:
             raise ValueError(f"game {variation} is of type {game.task_type}, not {task}: correct the panel")
         return game
 
+    def _engine(self, game: GameFile) -> Engine:
+        return Engine(parse_game(game.problem, game.task), self.grammar)
+
     def _start(self, slot: int, game: GameFile) -> tuple[object, str]:
         if self.reference is None:
-            engine = Engine(parse_game(game.problem, game.task))
+            engine = self._engine(game)
             return engine, engine.reset()
         if busy := [s for s in self.slots if s != slot]:
             raise ValueError(
@@ -91,8 +99,8 @@ class AlfWorld:
     # --- for collection and baselines -----------------------------------------------------------------------
     def gold_path(self, slot: int, task: str, variation: str) -> list[str]:
         """What the searching expert does, from texts alone; some of its paths are longer than an episode."""
-        engine = Engine(parse_game((game := self._game(task, variation)).problem, game.task))
-        expert, path = searcher(engine.reset()), []
+        engine = self._engine(self._game(task, variation))
+        expert, path = searcher(engine.reset(), self.grammar), []
         command = next(expert, None)
         while command is not None and not engine.won and len(path) < 200:
             path.append(command)
@@ -105,15 +113,14 @@ class AlfWorld:
 
     def oracle_path(self, slot: int, task: str, variation: str) -> list[str]:
         """What somebody does who knows where everything is."""
-        engine = Engine(parse_game((game := self._game(task, variation)).problem, game.task))
-        path = []
+        engine, path = self._engine(self._game(task, variation)), []
         for command in oracle(engine):
             path.append(command)
             engine.step(command)
         return path
 
     def recorded_path(self, slot: int, task: str, variation: str) -> list[str]:
-        """The actions recorded with an official train game, in this engine's grammar."""
+        """The actions recorded with an official train game, in grammar "move"."""
         return recorded_actions(variation)
 
     def valid_actions(self, slot: int) -> list[str]:

@@ -59,6 +59,14 @@ class Config:
     reason: str = ""  # why a test split is evaluated; required for it
 
 
+def benchmark(env: str, panel: list) -> str:
+    """What the scores are scores of: generated ALFWorld games are not the official ones."""
+    if env == "scienceworld":
+        return env
+    made = {"generated" if "/generated_" in game else "official" for _, game in panel}
+    return f"alfworld, {' and '.join(sorted(made))} games"
+
+
 def ends_of(config: Config, meta: dict) -> Ends:
     return "episode" if meta.get("flat") else config.ends
 
@@ -115,7 +123,7 @@ def main(config: Config) -> dict:
         if n
     }
     result = {
-        "benchmark": config.env, "panel": config.panel, "split": config.split,
+        "benchmark": benchmark(config.env, panel), "panel": config.panel, "split": config.split,
         "agent": config.name, "stage": meta["stage"],
         "checkpoint": str(config.checkpoint or meta.get("base", "")),
         "seeds": [config.seed], "limit": config.limit, "max_steps": config.max_steps,

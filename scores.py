@@ -70,6 +70,7 @@ def summary(tasks: list[str], scores: list[float], successes: list[bool]) -> dic
                 "mean": round(float(v.mean()), 2),
                 "episodes": len(v),
                 "success": round(float(wins[task].mean()), 4),
+                "success_ci95": [round(x, 4) for x in wilson(int(wins[task].sum()), len(v))],
             }
             for task, v in groups.items()
         },

@@ -35,7 +35,10 @@ def main(config: Config) -> dict:
         raise ValueError(f"no {config.out}/seed*/results/{config.a}.json: run recipes/scienceworld.sh first")
     first = pairs[0][0]
     tasks = [
-        task for task, _ in read_panel(first["benchmark"], first["panel"], first["split"], first["limit"])
+        task
+        for task, _ in read_panel(
+            first["benchmark"].split(",")[0], first["panel"], first["split"], first["limit"]
+        )
     ]
     clipped = [[[max(0.0, score) for score in row["scores"]] for row in pair] for pair in pairs]  # (S, 2, E)
     difference = [[a - b for a, b in zip(*pair, strict=True)] for pair in clipped]  # (S, E)

@@ -1,6 +1,11 @@
 """alfworld_env.py and alfworld_rules.py: ALFWorld as a text world, its labels, and both engines behind it."""
 
+import copy
+import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,10 +15,11 @@ import prompts
 import scripted
 from alfworld_env import AlfWorld
 from alfworld_games import TASK_TYPES
-from data import transitions
+from data import transitions, write_episodes
 from envs import EnvPool, make_world, read_panel
 from labels import ambiguity, check, leaks
 
+ROOT = Path(__file__).parent.parent
 MUG = ("pick_and_place_simple", read_panel("alfworld", "demo", "valid_seen")[10][1])
 
 
@@ -210,3 +216,26 @@ def test_the_real_engine_plays_one_game_at_a_time_and_says_so(reference):
     reference.reset(0, *MUG)
     with pytest.raises(ValueError, match="as many workers as slots, e.g. --slots 2 --workers 2"):
         reference.reset(1, *MUG)
+
+
+def test_the_older_grammar_is_played_by_both_engines():
+    pytest.importorskip("alfworld", reason="the real engine is not installed: make alfworld")
+    real, fast = AlfWorld(engine="reference", grammar="put"), AlfWorld(grammar="put")
+    assert real.reset(0, *MUG) == fast.reset(0, *MUG)
+    path = fast.gold_path(1, *MUG)
+    assert [real.step(0, action) for action in path] == [fast.step(0, action) for action in path]
+    assert path[-1].startswith("put ") and " in/on " in path[-1] and fast.step(0, "look").success
+
+
+def test_episodes_replayed_in_the_real_engine_are_confirmed_and_a_changed_one_is_not(tmp_path, gold):
+    pytest.importorskip("alfworld", reason="the real engine is not installed: make alfworld")
+    good, bad = copy.deepcopy(gold[0]), copy.deepcopy(gold[-1])
+    bad.turns[1].obs = bad.turns[1].obs.replace("carrying", "holding")
+    for name, episodes in {"good": [good, gold[9]], "bad": [good, bad]}.items():
+        write_episodes(tmp_path / f"{name}.jsonl", episodes)
+        script = "recipes/alfworld_replay.py --workers 1 --max-steps 1000000 --episodes"
+        files = [tmp_path / f"{name}.jsonl", "--out", tmp_path / "r.json"]
+        done = subprocess.run([sys.executable, *script.split(), *files], cwd=ROOT, capture_output=True)
+        (row,) = json.loads((tmp_path / "r.json").read_text())["files"]
+        assert (row["episodes"], row["won"], row["mismatches"]) == (2, 2, int(name == "bad"))
+        assert done.returncode == (name == "bad"), done.stderr

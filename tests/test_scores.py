@@ -131,7 +131,8 @@ def test_a_negative_score_counts_as_zero():
     """A fatal mistake is raw -100; max(0, .) is taken per episode, before any mean."""
     result = summary(["a", "a", "b"], [-100.0, 60.0, 10.0], [False, False, False])
     assert result["macro_mean"] == 20  # (30 + 10) / 2
-    assert result["per_type"]["a"] == {"mean": 30, "episodes": 2, "success": 0}
+    a = {"mean": 30, "episodes": 2, "success": 0, "success_ci95": [0, 0.6576]}
+    assert result["per_type"]["a"] == a
     assert result["ci95"][0] >= 0
 
 
