@@ -154,7 +154,7 @@ def main(config: Config) -> dict:
     low, high = result["ci95"]
     print(
         f"{config.name}: macro score {result['macro_mean']:.1f} [{low:.1f}, {high:.1f}], "
-        f"success {result['success_rate']:.1%}"
+        f"success {result['success_rate']:.1%} ({result['benchmark']})"
     )
     return result
 

@@ -1,6 +1,7 @@
 """alfworld_env.py and alfworld_rules.py: ALFWorld as a text world, its labels, and both engines behind it."""
 
 import copy
+import importlib
 import json
 import re
 import subprocess
@@ -8,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import tyro
 
 import alfworld_rules
 import annotate
+import demo
 import prompts
 import scripted
 from alfworld_env import AlfWorld
@@ -193,6 +196,15 @@ def test_a_flat_agent_and_all_three_levels_can_be_trained_on_them(gold):
     assert {t.level for t in transitions(episode, "progress")} == {"planner", "executor", "progress"}
     whole = annotate.flat(episode)
     assert [s.subtask for s in whole.segments] == [prompts.compact(episode.description)]
+
+
+@pytest.mark.parametrize("env", ["scienceworld", "alfworld"])
+def test_every_command_of_the_demo_is_understood_by_its_script(env):
+    commands = [command.split() for _, command in demo.stages(demo.Config(env=env, out=Path("out/x")))]
+    assert len(commands) >= 7
+    for script, *flags in commands:
+        config = tyro.cli(importlib.import_module(script.removesuffix(".py")).Config, args=flags)
+        assert getattr(config, "env", env) == env
 
 
 # --- the real engine ----------------------------------------------------------------------------------------
