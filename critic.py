@@ -2,8 +2,8 @@
 
 GLIDER (arXiv:2505.19761) eqs. 4, 5, 7, read as IQL (arXiv:2110.06169): V regresses to an upper expectile of Q
 over the actions of the dataset, Q to reward + discount * V(s'), and the policy imitates actions weighted by
-exp(advantage / temperature). What this file does not do: touch the language model, or take a step.
-Shapes: B decisions, D hidden size.
+exp(advantage / temperature). Beside them HiPER's advantages along an episode. What this file does not do:
+touch the language model, or take a step. Shapes: B decisions, D hidden size, T turns of one episode.
 """
 
 import copy
@@ -80,6 +80,82 @@ def effective_sample_size(weights: Tensor) -> Tensor:
     0 when all weights are 0.
     """
     return weights.abs().sum().pow(2) / weights.pow(2).sum().clamp_min(1e-30)
+
+
+# --- advantages along an episode ----------------------------------------------------------------------------
+def gae(reward: Tensor, value: Tensor, next_value: Tensor, decay: Tensor, discount: Tensor) -> Tensor:
+    """A_t = d_t + decay_t * A_{t+1},  d_t = r_t + discount_t * V(s_{t+1}) - V(s_t)  (GAE, arXiv:1506.02438).
+
+    All (T,), one episode in order. With decay = gamma * lambda and discount = gamma it is plain GAE; a decay
+    of 0 at t cuts the sum behind t. next_value is 0 where the world ended, V of the next observation where a
+    step limit cut the episode off.
+    """
+    delta, advantage = reward + discount * next_value - value, torch.zeros(len(reward) + 1)
+    for t in reversed(range(len(reward))):
+        advantage[t] = delta[t] + decay[t] * advantage[t + 1]
+    return advantage[:-1]
+
+
+def hierarchical_gae(
+    reward: Tensor,
+    switch: Tensor,
+    v_low: Tensor,
+    v_high: Tensor,
+    gamma: float,
+    lam: float,
+    lam_segment: float,
+    final_low: float = 0.0,
+    final_high: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Hierarchical advantage estimation: (A_low, A_high)  (HiPER, arXiv:2602.16165, sec. 4).
+
+    Low: GAE(lambda) inside a segment; its last turn bootstraps from V_high of the next one, and the sum is
+    cut there. High: a segment is one step of reward R_k = sum_i gamma^i r and discount gamma^length, GAE with
+    lam_segment over segments.
+
+    reward, v_low = V(s_t, subgoal), v_high = V(s_t): (T,). switch: (T,) bool, true where a new subgoal was
+    chosen; the first turn always counts. final_low, final_high: values of the observation after the last turn
+    where a limit cut the episode off; 0 where the world ended. -> (T,) and (T,), A_high nan between switches.
+    """
+    starts = torch.cat([torch.ones(1, dtype=torch.bool), switch[1:].bool()])
+    last = torch.cat([starts[1:], torch.ones(1, dtype=torch.bool)])  # last turn of its segment
+    then_low = torch.cat([v_low[1:], torch.tensor([final_low])])
+    then_high = torch.cat([v_high[1:], torch.tensor([final_high])])
+    next_low = torch.where(last, then_high, then_low)
+    next_low[-1] = final_low
+    decay = torch.where(last, 0.0, torch.full_like(reward, gamma * lam))
+    low = gae(reward, v_low, next_low, decay, torch.full_like(reward, gamma))
+
+    begin = starts.nonzero()[:, 0]
+    length = torch.diff(begin, append=torch.tensor([len(reward)]))
+    inside = torch.arange(len(reward)) - begin.repeat_interleave(length)  # turns since the segment began
+    segment = torch.arange(len(begin)).repeat_interleave(length)
+    segment_reward = torch.zeros(len(begin)).index_add(0, segment, gamma**inside * reward)
+    discount = gamma**length
+    high = torch.full_like(reward, torch.nan)
+    high[begin] = gae(segment_reward, v_high[begin], then_high[last], discount * lam_segment, discount)
+    return low, high
+
+
+def switch_advantage(switch: Tensor, probability: Tensor, v_high: Tensor, v_keep: Tensor) -> Tensor:
+    """A = (q - beta) (V_high(s) - V_low(s, old subgoal)), beta = pi(SWITCH)  (HiPER sec. 4). All (T,).
+
+    The exact advantage of a choice between two actions: to switch is worth V_high(s), to keep v_keep.
+    """
+    return (switch.float() - probability) * (v_high - v_keep)
+
+
+def switch_advantage_released(
+    reward: Tensor, switch: Tensor, v_high: Tensor, v_term: Tensor, gamma: float, final_high: float = 0.0
+) -> Tensor:
+    """A = G_t - V_term(s_t), G_t the return to its segment's end and V_high there (HiPER's code). (T,)."""
+    last = torch.cat([switch[1:].bool(), torch.ones(1, dtype=torch.bool)])
+    value = torch.cat([v_high[1:], torch.tensor([final_high])])
+    decay = torch.where(last, 0.0, torch.full_like(reward, gamma))
+    return (
+        gae(reward, torch.zeros_like(reward), torch.where(last, value, 0.0), decay, decay + gamma * last)
+        - v_term
+    )
 
 
 # --- heads ------------------------------------------------------------------------------------------------
