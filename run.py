@@ -27,7 +27,7 @@ PACKAGES = ("torch", "transformers", "peft", "numpy", "scienceworld", "tokenizer
 def provenance() -> dict:
     """Command, commit, versions and hardware: saved with every run and every result."""
     commit = _git("rev-parse", "--short=12", "HEAD") or "none"
-    if _git("status", "--porcelain", "-uno"):
+    if _git("status", "--porcelain", "-uno", "--", ".", ":!results"):  # a new result changes no code
         commit += "+changes"
     here, script = Path(__file__).parent.resolve(), Path(sys.argv[0] or "python").resolve()
     script = script.relative_to(here).as_posix() if here in script.parents else script.name
