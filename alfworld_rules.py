@@ -91,7 +91,8 @@ def split(description: str, actions: list[str], observations: list[str]) -> list
     groups, start = [], 0
     for i, answer in enumerate(answers):
         for ending, form, _ in KINDS if two else KINDS[1:]:
-            if match := re.match(ending, answer):
+            match = re.match(ending, answer)
+            if match and not ("not from" in form and match["r"] == targets[0]):
                 fill = match.groupdict() | ({"r": targets[0]} if "not from" in form else {})
                 groups.append((form.format(**fill), start, i + 1))
                 start = i + 1
