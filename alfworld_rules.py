@@ -1,8 +1,9 @@
 """Subtasks, local progress and verdicts for ALFWorld, by rules: what annotate.py asks of a world.
 
 Every trajectory falls into the same few subtasks, each ended by one kind of answer: find and take, clean,
-heat, cool, put, use. The notes of a search are short: of each type of receptacle only the number reached,
-since the searching expert goes from the highest number down. What this file does not do: play.
+heat, cool, put, use. The notes of a search say whether the wanted thing is here and, of each type of
+receptacle, the number reached, since the searching expert goes from the highest number down. What this file
+does not do: play.
 """
 
 import re
@@ -12,9 +13,9 @@ from prompts import SEPARATOR, compact
 MAX_ACTIONS = MAX_ACTIONS_IN_PLAY = 50  # a search may be long: at a cut its notes would be lost
 COMMON_NAMES = ""  # every name comes from the task or from the list of receptacles
 PLAIN_WORDS = frozenset(
-    """a action and at carrying clean closed cleaned cool cooled examine find from go happened heat heated in
-    into inventory is look move moved not nothing open pick picked put searched take the to took try turn
-    turned on up use used using with you another again close closed slice help""".split()
+    """a action and another at carrying clean cleaned close closed cool cooled examine find from go happened
+    heat heated help in into inventory is look move moved no not nothing on open pick picked put searched
+    slice take the there to took try turn turned up use used using with you""".split()
 )
 # Per kind: the answer that ends it (compacted), its name, what proves it: {x} a type, {r} a receptacle.
 KINDS = [
@@ -46,14 +47,16 @@ PAST = {"pick": "picked", "move": "moved", "clean": "cleaned", "heat": "heated",
 def progress_text(subtask: str, previous: str, action: str, feedback: str) -> str:
     """p_{t+1} from (subtask, p_t, a_t, feedback) alone: where was searched, and what the action brought."""
     feedback = " ".join(compact(feedback).split())
-    searching = subtask.startswith(("find", "use")) and not _proved(subtask, feedback)
-    searched = re.match(r"searched ([^.]*)\.", previous) if searching else None
+    wanted = re.match(r"(?:find and take|use) (\w+)", subtask)
+    searching = wanted and not _proved(subtask, feedback)
+    searched = re.search(r"searched ([^.]*)\.", previous) if searching else None
     places = dict(place.split() for place in searched[1].split(", ")) if searched else {}
     listed = re.match(r"(\w+) (\d+): ", feedback)
     if listed and searching:
         places.pop(listed[1], None)  # the latest comes last
         places[listed[1]] = listed[2]
-    notes = ["searched " + ", ".join(f"{kind} {number}" for kind, number in places.items())] * bool(places)
+    notes = [_found(wanted[1], feedback)] if listed and searching else []
+    notes += ["searched " + ", ".join(f"{kind} {number}" for kind, number in places.items())] * bool(places)
     if listed:
         notes += [] if searching else [f"at {listed[1]} {listed[2]}"]
     elif closed := re.match(r"(\w+ \d+) is closed$", feedback):
@@ -64,6 +67,12 @@ def progress_text(subtask: str, previous: str, action: str, feedback: str) -> st
         done = re.sub(r"^You (\w+)", lambda m: PAST.get(m[1], m[1]), feedback)
         notes += [" ".join(done.split()[:10])]
     return ". ".join(notes) + "."
+
+
+def _found(wanted: str, feedback: str) -> str:
+    """Whether what is looked for is in the list just read, in the words of base/pretrain.py's questions."""
+    here = re.findall(rf"\b{wanted} \d+", feedback.partition(": ")[2])
+    return f"Is there {wanted}? {here[-1] if here else 'no'}"
 
 
 # --- subtasks and their completion --------------------------------------------------------------------------

@@ -38,8 +38,8 @@ class Config:
 # Per world: the split that is evaluated, and what is said to the scripts besides.
 SPLIT = {"scienceworld": "dev", "alfworld": "valid_seen"}
 COLLECT = {"scienceworld": "", "alfworld": "--workers 0"}
-SFT = {"scienceworld": "", "alfworld": "--epochs 2"}
-ROLLOUTS = {"scienceworld": "--limit 20", "alfworld": "--limit 60 --workers 0"}
+SFT = {"scienceworld": "", "alfworld": "--epochs 1.5 --shares 1 2 2"}
+ROLLOUTS = {"scienceworld": "--limit 20", "alfworld": "--limit 40 --workers 0"}
 
 
 def stages(c: Config) -> list[tuple[str, str]]:

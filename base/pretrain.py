@@ -39,6 +39,7 @@ class Config:
     layers: int = 4
     heads: int = 6
     feed_forward: int = 512
+    questions: float = 0.5  # mean number of questions on an observation
     context: int = 320  # tokens per training row
     rows: int = 16  # rows per step
     tokens: float = 11e6  # training tokens; the learning rate is annealed over them
@@ -48,11 +49,17 @@ class Config:
     threads: int = 2
 
 
-def document(episode: Episode, rng: random.Random) -> str:
+def document(episode: Episode, rng: random.Random, questions: float) -> str:
     """One episode as text: the whole observation at half of the steps, and whether each step was understood.
 
-    Most actions that the world did not understand are left out.
+    Most actions that the world did not understand are left out. questions: mean number after an observation,
+    from 1 on also after a result.
     """
+
+    def asked(obs: str) -> list[str]:
+        count = int(questions) + (rng.random() < questions % 1)
+        return [question(things(obs), names, rng) for _ in range(count)]
+
     lines, names = [f"Task: {prompts.compact(episode.description)}"], visible(episode)
     for t, turn in enumerate(episode.turns):
         understood = not episode.obs_after(t).startswith(prompts.NOT_UNDERSTOOD)
@@ -60,9 +67,10 @@ def document(episode: Episode, rng: random.Random) -> str:
             continue
         if t == 0 or rng.random() < 0.5:
             lines.append(f"Observation: {prompts.render(turn.obs)}")
-            lines += [question(things(turn.obs), names, rng)] * (rng.random() < 0.5)
+            lines += asked(turn.obs)
         lines.append(f"Action: {turn.action}")
         lines.append(f"Result: {prompts.split_obs(episode.obs_after(t))[0]}; {understood}")
+        lines += asked(episode.obs_after(t)) if questions >= 1 else []
     return "\n".join(lines)
 
 
@@ -140,7 +148,7 @@ def main(config: Config) -> None:
     print(json.dumps(asdict(config), indent=2, default=str))
     episodes = [episode for path in config.text for episode in read_episodes(path)]
     rng = random.Random(config.seed)
-    documents = [document(episode, rng) for episode in episodes]
+    documents = [document(episode, rng, config.questions) for episode in episodes]
     names = [visible(episode) for episode in episodes]
     words = sorted({word for group in names for name in group for word in name.split()})
     config.out.mkdir(parents=True, exist_ok=True)

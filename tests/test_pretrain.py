@@ -1,0 +1,48 @@
+"""base/pretrain.py: what the text of the base holds, for both worlds."""
+
+import random
+import re
+
+import scripted
+from base import pretrain
+from envs import EnvPool, read_panel
+
+DESK = (
+    "You arrive at desk 1. On the desk 1, you see a mug 2, a mug 1, and a pen 3.\n\n"
+    "You are in the middle of a room. Looking quickly around you, you see a desk 1, and a safe 1.\n\n"
+    "You are not carrying anything."
+)
+KITCHEN = (
+    "You look around.\n\nThis room is called the kitchen. In it, you see: \n\tthe agent\n\ta stove, which "
+    "is turned off. On the stove is: nothing.\n\ta metal pot (containing nothing)\n\n\n"
+    "In your inventory, you see:"
+)
+
+
+def test_things_are_those_of_the_list_that_was_just_read():
+    assert pretrain.things(DESK) == {"mug": "mug 1", "pen": "pen 3"}
+    assert pretrain.things(KITCHEN) == {"stove": "yes", "metal pot": "yes"}
+    assert pretrain.things(DESK.replace("a mug 2, a mug 1, and a pen 3", "nothing")) == {}
+
+
+def test_questions_are_answered_by_what_is_there():
+    rng = random.Random(0)
+    lines = {pretrain.question(pretrain.things(DESK), ["mug", "pen", "lamp"], rng) for _ in range(60)}
+    assert lines == {"Is there mug? mug 1", "Is there pen? pen 3", "Is there lamp? no"}
+    assert pretrain.question({}, [], rng) == "Is there air? no"
+
+
+def test_a_document_holds_random_play_and_as_many_questions_as_asked_for():
+    with EnvPool("alfworld", 1, workers=0, max_steps=30) as pool:
+        panel = read_panel("alfworld", "demo", "train", 1)[:1]
+        (episode,) = scripted.play_explore(pool, panel, "alfworld", seed=0)
+    texts = {q: pretrain.document(episode, random.Random(1), q) for q in (0.0, 1.0, 3.0)}
+    assert texts[0.0].startswith("Task: Your task is to: ") and "Is there" not in texts[0.0]
+    for q in (1, 3):
+        asked = texts[q].count("\nIs there ")
+        assert asked == q * (texts[q].count("\nObservation: ") + texts[q].count("\nResult: "))
+    assert set(re.findall(r"Result: .*; (\w+)", texts[0.0])) == {"True", "False"}
+    assert "Act on the subtask" not in texts[3.0] and "Progress" not in texts[3.0]
+    names = pretrain.visible(episode)
+    renamed = pretrain.rename(texts[0.0], names, names, random.Random(0))
+    assert renamed != texts[0.0] and renamed.count("\n") == texts[0.0].count("\n")
