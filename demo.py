@@ -39,6 +39,7 @@ class Config:
 SPLIT = {"scienceworld": "dev", "alfworld": "valid_seen"}
 COLLECT = {"scienceworld": "", "alfworld": "--workers 0"}
 SFT = {"scienceworld": "", "alfworld": "--epochs 1.5 --shares 1 2 2"}
+ORL = {"scienceworld": "", "alfworld": "--warmup-steps 200 --steps 260"}
 ROLLOUTS = {"scienceworld": "--limit 20", "alfworld": "--limit 40 --workers 0"}
 
 
@@ -66,7 +67,7 @@ def stages(c: Config) -> list[tuple[str, str]]:
         (
             f"{o}/orl/policy.json",
             f"train_orl.py --init {o}/sft --expert {o}/gold.jsonl --rollouts {o}/rollouts.jsonl "
-            f"--out {o}/orl --rl.temperature 0.2 --rl.critic-lr 1e-3 {common}",
+            f"--out {o}/orl --rl.temperature 0.2 --rl.critic-lr 1e-3 {ORL[c.env]} {common}",
         ),
         (f"{o}/results/offline-rl.json", f"{evaluate} --checkpoint {o}/orl --name offline-rl"),
     ]

@@ -6,7 +6,7 @@
 # shellcheck disable=SC2086
 set -euo pipefail
 cd "$(dirname "$0")/.."
-seeds=${1:-"0"} sft_flags=${2:---epochs 1.5 --shares 1 2 2} orl_flags=${3:---rl.temperature 0.2 --rl.critic-lr 1e-3}
+seeds=${1:-"0"} sft_flags=${2:---epochs 1.5 --shares 1 2 2} orl_flags=${3:---rl.temperature 0.2 --rl.critic-lr 1e-3 --warmup-steps 250 --steps 320}
 out=out/alfworld python=.venv/bin/python threads="--threads ${THREADS:-2}" games="--env alfworld --panel official --workers 0"
 resume() { if [ -f "$1/config.json" ]; then echo --resume; fi; }
 evaluate() { # name, split, flags
