@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,14 @@ import tyro
 
 import alfworld_rules
 import annotate
+import collect
 import demo
+import eval as eval_
 import prompts
 import scripted
 from alfworld_env import AlfWorld
 from alfworld_games import TASK_TYPES
-from data import transitions, write_episodes
+from data import read_episodes, transitions, write_episodes
 from envs import EnvPool, make_world, read_panel
 from labels import ambiguity, check, leaks
 
@@ -210,6 +213,24 @@ def test_every_command_of_the_demo_is_understood_by_its_script(env):
     for script, *flags in commands:
         config = tyro.cli(importlib.import_module(script.removesuffix(".py")).Config, args=flags)
         assert getattr(config, "env", env) == env
+
+
+def test_the_scripts_collect_every_kind_of_player_and_evaluate_with_the_games_named(tmp_path, capsys):
+    flags = {"env": "alfworld", "panel": "demo", "limit": 1, "workers": 0, "device": "cpu", "threads": 1}
+    collect.main(collect.Config(out=tmp_path / "o.jsonl", source="oracle", **flags))
+    collect.main(collect.Config(out=tmp_path / "e.jsonl", source="explore", max_steps=10, **flags))
+    lengths = {n: [len(e.turns) for e in read_episodes(tmp_path / f"{n}.jsonl")] for n in "oe"}
+    assert len(lengths["o"]) == 6 and max(lengths["o"]) <= 12 and max(lengths["e"]) <= 10
+    with pytest.raises((ValueError, FileNotFoundError), match="ALFWORLD_DATA|only official train games"):
+        collect.main(collect.Config(out=tmp_path / "r.jsonl", source="recorded", **flags))
+    rows = {"random": 0.0, "gold": 1.0}
+    for agent, success in rows.items():
+        evaluation = eval_.Config(out=tmp_path, name=agent, agent=agent, split="valid_seen", **flags)
+        result = eval_.main(evaluation)
+        assert result["benchmark"] == "alfworld, generated games" and result["success_rate"] == success
+    assert "(alfworld, generated games)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="a test split is reported once"):
+        eval_.main(replace(evaluation, split="valid_unseen"))
 
 
 # --- the real engine ----------------------------------------------------------------------------------------
