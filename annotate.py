@@ -34,7 +34,10 @@ class Rules(Protocol):
 
 def rules(env: str) -> Rules:
     """The rules of a world, whichever engine plays it."""
-    return {"alfworld": alfworld_rules, "scienceworld": scienceworld_rules}[env.split("-")[0]]
+    known = {"alfworld": alfworld_rules, "scienceworld": scienceworld_rules}
+    if (world := env.split("-")[0]) not in known:
+        raise ValueError(f"no rules for env {env!r}: expected one of {list(known)}; use episodes of these")
+    return known[world]
 
 
 def max_actions(env: str, chosen: int) -> int:

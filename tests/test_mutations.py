@@ -128,7 +128,15 @@ def episode_of(*turns, segments=None, source="s", **fields):
     whole = [Turn(obs(i), f"a{i}", progress=f"p{i}", **none | t) for i, t in enumerate(turns)]
     parts = [Segment(f"goal {a}", a, b, f"p{b}") for a, b in segments or [(0, len(turns))]]
     return Episode(
-        "w", "melt", 0, "Your task is to melt.", whole, parts, obs(len(turns)), source=source, **fields
+        "scienceworld",
+        "melt",
+        0,
+        "Your task is to melt.",
+        whole,
+        parts,
+        obs(len(turns)),
+        source=source,
+        **fields,
     )
 
 
@@ -642,9 +650,9 @@ CASES = [Case(*fields) for fields in [
     ("collecting on overwrites what was there", "R-S12", "collect", resuming_keeps_episodes,
         "write_episodes(config.out, [episode], append=True)", "write_episodes(config.out, [episode])"),
     ("the test split is played without a reason", "R-S14", "eval", the_test_split_wants_a_reason,
-        'if config.split == "test" and not config.reason:', "if False:"),
+        'if config.split in HELD_OUT and not config.reason:', "if False:"),
     ("the test split is the default", "R-S14", "eval", the_test_split_wants_a_reason,
-        'split: Literal["dev", "test"] = "dev"', 'split: Literal["dev", "test"] = "test"'),
+        '"valid_unseen"] = "dev"', '"valid_unseen"] = "test"'),
 ]]
 # fmt: on
 CHECKS = {case.check.__name__: case.check for case in CASES}
