@@ -50,7 +50,7 @@ def progress_text(subtask: str, previous: str, action: str, feedback: str) -> st
     wanted = re.match(r"(?:find and take|use) (\w+)", subtask)
     searching = wanted and not _proved(subtask, feedback)
     searched = re.search(r"searched ([^.]*)\.", previous) if searching else None
-    places = dict(place.split() for place in searched[1].split(", ")) if searched else {}
+    places = dict(re.findall(r"(\w+) (\d+)", searched[1])) if searched else {}
     listed = re.match(r"(\w+) (\d+): ", feedback)
     if listed and searching:
         places.pop(listed[1], None)  # the latest comes last
