@@ -95,10 +95,10 @@ class Reference:
         """Loads the game; -> the first observation."""
         arguments, self.fresh = sys.argv, None
         try:
-            self.env.load(game_data(game, self.grammar))  # overwrites sys.argv
+            self.env.load(game_data(game, self.grammar))
+            self.state = self.env.reset()
         finally:
-            sys.argv = arguments
-        self.state = self.env.reset()
+            sys.argv = arguments  # the translator, which either of them runs, overwrites it
         return self.state["feedback"]
 
     def step(self, command: str) -> tuple[str, bool]:

@@ -20,7 +20,7 @@ import eval as eval_
 import prompts
 import scripted
 from alfworld_env import AlfWorld
-from alfworld_games import TASK_TYPES
+from alfworld_games import TASK_TYPES, find_game
 from data import read_episodes, transitions, write_episodes
 from envs import EnvPool, make_world, read_panel
 from labels import ambiguity, check, leaks
@@ -277,3 +277,11 @@ def test_episodes_replayed_in_the_real_engine_are_confirmed_and_a_changed_one_is
         (row,) = json.loads((tmp_path / "r.json").read_text())["files"]
         assert (row["episodes"], row["won"], row["mismatches"]) == (2, 2, int(name == "bad"))
         assert done.returncode == (name == "bad"), done.stderr
+
+
+def test_the_real_engine_leaves_the_command_line_alone_patched_or_as_shipped(reference):
+    before, engine = list(sys.argv), reference.reference
+    for patched in (False, True):
+        engine.patch(patched)
+        engine.reset(find_game(MUG[1]))
+        assert sys.argv == before
