@@ -21,8 +21,8 @@ try:
     from textworld.logic import Rule
 except ImportError as error:
     raise ImportError(
-        f"the real ALFWorld engine needs {error.name!r}: run `make alfworld` (a C++ compiler and cmake are "
-        "needed), or play --env alfworld, the fast engine with the same texts"
+        f"the real ALFWorld engine needs {error.name!r}: run `make alfworld` (it needs a C++ compiler), "
+        "or play --env alfworld, the fast engine with the same texts"
     ) from error
 
 # The texts that differ in the games 2.1.1, new and old; they have no `help` either.

@@ -164,7 +164,7 @@ def main(config: Config) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Config))
-    except (ValueError, ConnectionError) as error:
+    except (ValueError, ConnectionError, FileNotFoundError, ImportError) as error:
         fail(error)
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command goes on from here") from None

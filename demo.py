@@ -37,7 +37,7 @@ class Config:
 
 # Per world: the split that is evaluated, and what is said to the scripts besides.
 SPLIT = {"scienceworld": "dev", "alfworld": "valid_seen"}
-COLLECT = {"scienceworld": "", "alfworld": "--workers 0"}
+WORKERS = {"scienceworld": "", "alfworld": "--workers 0"}
 SFT = {"scienceworld": "", "alfworld": "--epochs 1.5 --shares 1 2 2"}
 ORL = {"scienceworld": "", "alfworld": "--warmup-steps 200 --steps 260"}
 ROLLOUTS = {"scienceworld": "--limit 20", "alfworld": "--limit 40 --workers 0"}
@@ -47,11 +47,11 @@ def stages(c: Config) -> list[tuple[str, str]]:
     """(file that proves the stage is done, command) in order."""
     o, common = c.out, f"--threads {c.threads} --seed {c.seed}"
     world = f"--env {c.env} --panel demo"
-    evaluate = f"eval.py {world} --split {SPLIT[c.env]} {COLLECT[c.env]} --out {o} {common}"
+    evaluate = f"eval.py {world} --split {SPLIT[c.env]} {WORKERS[c.env]} --out {o} {common}"
     train = [
         (
             f"{o}/gold.done",
-            f"collect.py --source gold {world} {COLLECT[c.env]} --out {o}/gold.jsonl {common}",
+            f"collect.py --source gold {world} {WORKERS[c.env]} --out {o}/gold.jsonl {common}",
         ),
         (
             f"{o}/results/zero-shot.json",

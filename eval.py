@@ -162,7 +162,7 @@ def main(config: Config) -> dict:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Config))
-    except ValueError as error:
+    except (ValueError, FileNotFoundError, ImportError) as error:
         fail(error)
     except KeyboardInterrupt:
         raise SystemExit(

@@ -11,7 +11,7 @@ far its log-probs drift on a sample of the expert's decisions is logged.
 import functools
 import random
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -106,13 +106,18 @@ def train_only(policy: nn.Module, role: str) -> None:
 
 
 def decisions_of(episodes: list[Episode], meta: dict, config: Config) -> list[Transition]:
-    """The decisions that are trained on: the planner's alone where the rest is frozen."""
+    """All decisions, with rewards as config.credit says and Monte-Carlo returns."""
     found, is_flat = [], meta.get("flat", False)
     for episode in episodes:
         episode = annotate.flat(episode) if is_flat else episode
         found += transitions(episode, meta["history"], config.credit, is_flat)
     set_returns(found, config.rl.gamma, config.rl.discount)
-    return [t for t in found if config.frozen != "adapter" or t.level == "planner"]
+    return found
+
+
+def trained(decisions: list[Transition], config: Config) -> list[Transition]:
+    """The decisions that are trained on: the planner's alone where the rest is frozen."""
+    return [t for t in decisions if config.frozen != "adapter" or t.level == "planner"]
 
 
 @torch.no_grad()
@@ -133,13 +138,8 @@ def main(config: Config) -> None:
     device = pick_device(config.device)
     policy, tokenizer, meta = load_policy(config.init, device, True)
     offline = [e for path in config.offline for e in read_episodes(path)]
-    experts = [
-        t
-        for e in offline
-        if e.source == "expert"
-        for t in transitions(e, meta["history"])
-        if t.level == "executor"
-    ]
+    decisions = decisions_of(offline, meta, config)
+    experts = [t for t in decisions if t.source == "expert" and t.level == "executor"]
     held = random.Random(0).sample(experts, min(256, len(experts)))
     panel = read_panel(config.env, config.panel, "train", config.limit)
     dev = read_panel(config.env, config.panel, config.dev, config.dev_limit) if config.dev else []
@@ -150,7 +150,7 @@ def main(config: Config) -> None:
         policy = split_adapter(policy)
         train_only(policy, "planner")
     elif config.frozen == "replay":
-        rl = RLConfig(**{**vars(config.rl), "rl_levels": "planner"})
+        rl = replace(config.rl, rl_levels="planner")
     learner = Learner(policy, critics, functools.partial(hidden_states, precision=config.precision), rl)
     played_file, steps, round_, updates = config.out / "online.jsonl", 0, 0, 0
     if state := run.load_state():
@@ -158,9 +158,10 @@ def main(config: Config) -> None:
         critics.load_state_dict(state["critics"])
         learner.load_state_dict(state["learner"])
         steps, round_, updates = state["steps"], state["round"], state["step"]
-    played = read_episodes(played_file)[: round_ * config.episodes] if round_ else []
+    per_round = min(config.episodes, len(panel))
+    played = read_episodes(played_file)[: round_ * per_round] if round_ else []
     write_episodes(played_file, played)  # what a stopped round had played is played again
-    offline_decisions, watch, began = decisions_of(offline, meta, config), Watch(), time.time()
+    watch, began = Watch(), time.time()
     bar = tqdm(total=config.env_steps, initial=steps, unit="step", desc="o2o")
 
     with EnvPool(config.env, config.slots, config.workers, config.max_steps) as pool:
@@ -187,13 +188,13 @@ def main(config: Config) -> None:
                 metrics["dev/success"] = 100 * sum(e.success for e in done) / len(done)
             return metrics
 
-        if not state:
-            run.log(0, evaluate())
         try:
+            if not state:
+                run.log(0, evaluate())
             while steps < config.env_steps:
                 rng = random.Random(f"{config.seed}/{round_}")
                 fresh = play(
-                    rng.sample(panel, min(config.episodes, len(panel))),
+                    rng.sample(panel, per_round),
                     config.temperature,
                     episode_seed(config.seed, round_),
                 )
@@ -201,8 +202,8 @@ def main(config: Config) -> None:
                 played, before, round_ = played + fresh, steps, round_ + 1
                 steps += sum(len(e.turns) for e in fresh)
                 pools = {
-                    "offline": offline_decisions,
-                    "online": decisions_of(played[-config.buffer :], meta, config),
+                    "offline": trained(decisions, config),
+                    "online": trained(decisions_of(played[-config.buffer :], meta, config), config),
                 }
                 shares = {"offline": config.offline_share, "online": config.online_share}
                 sampler = Mixture(pools, shares, episode_seed(config.seed, round_))
@@ -236,5 +237,5 @@ def main(config: Config) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Config))
-    except ValueError as error:
+    except (ValueError, FileNotFoundError, ImportError) as error:
         fail(error)

@@ -2,10 +2,10 @@
 
     python collect.py --source explore --panel full --limit 50 --max-steps 40 --out out/base/explore.jsonl
     python collect.py --env alfworld --source explore --max-steps 40 --out out/base/explore_alfworld.jsonl
-    python base/pretrain.py --text out/base/explore.jsonl out/base/explore_alfworld.jsonl
+    python base/pretrain.py --text out/base/explore.jsonl out/base/explore_alfworld.jsonl --tokens 14e6
 
 The text holds observations, random actions and questions on what was just read: no gold path and no role
-prompt, so what SFT and RL add is theirs. Resumable.
+prompt, so what SFT and RL add is theirs. Resumable; base/README.md has the second part of the training.
 """
 
 import json

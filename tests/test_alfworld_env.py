@@ -223,6 +223,8 @@ def test_the_scripts_collect_every_kind_of_player_and_evaluate_with_the_games_na
     assert len(lengths["o"]) == 6 and max(lengths["o"]) <= 12 and max(lengths["e"]) <= 10
     with pytest.raises((ValueError, FileNotFoundError), match="ALFWORLD_DATA|only official train games"):
         collect.main(collect.Config(out=tmp_path / "r.jsonl", source="recorded", **flags))
+    with pytest.raises(ValueError, match="scienceworld has no 'oracle' paths, ALFWorld has: use 'gold'"):
+        next(scripted.play_gold(None, [], "scienceworld", "oracle"))
     rows = {"random": 0.0, "gold": 1.0}
     for agent, success in rows.items():
         evaluation = eval_.Config(out=tmp_path, name=agent, agent=agent, split="valid_seen", **flags)
