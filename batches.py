@@ -5,7 +5,6 @@ again. What this file does not do: build a prompt (progress.py) or compute a los
 """
 
 import dataclasses
-import functools
 import random
 from dataclasses import dataclass
 from math import nan
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from candidates import pack
 from data import LEVELS, Transition
+from model import text_ids
 
 
 @dataclass
@@ -58,19 +58,14 @@ class Batch:
         return [Batch(*parts) for parts in zip(*columns, strict=True)]
 
 
-@functools.lru_cache(maxsize=200_000)
-def _ids(tokenizer, text: str) -> tuple[int, ...]:
-    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
-
-
 def encode(
     tokenizer, prompt: str, completion: str, completion_ids: list[int] = ()
 ) -> tuple[list[int], list[int]]:
     """Prompt ids (with BOS, once) and completion ids (EOS appended); sampled ids are never encoded again."""
     prompt_ids = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    prompt_ids += _ids(tokenizer, prompt)
+    prompt_ids += text_ids(tokenizer, prompt)
     if not completion_ids:
-        completion_ids = [*_ids(tokenizer, completion), tokenizer.eos_token_id]
+        completion_ids = [*text_ids(tokenizer, completion), tokenizer.eos_token_id]
     return prompt_ids, list(completion_ids)
 
 

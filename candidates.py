@@ -2,7 +2,7 @@
 
 K padded rows read the prompt K times. Here it is read once: an answer sees the prompt and itself, not the
 other answers, and its positions count on from the prompt's end, so that every answer is scored as if it stood
-alone. What this file does not do: sample (model.Policy does) or train (learner.py).
+alone. What this file does not do: sample (acting.Policy does) or train (learner.py).
 Shapes: B prompts, T columns of the longest packed row, K answers at most.
 """
 
@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from acting import Answer, Policy, Request
 from critic import Critics
 from logprob import head_weight, sequence_logprobs
-from model import ROLES, Answer, Policy, Request, hidden_states, lm_of
+from model import ROLES, hidden_states, lm_of
 
 
 class Packed(NamedTuple):
@@ -81,7 +82,7 @@ def score_candidates(model, packed: Packed, level: Tensor | None = None, precisi
 
 
 class BestOfK:
-    """Acts as model.Policy does, with the candidate of highest Q(s,a)  (IDQL, arXiv:2304.10573, acts so).
+    """Acts as acting.Policy does, with the candidate of highest Q(s,a)  (IDQL, arXiv:2304.10573, acts so).
 
     Candidate 1 is the greedy answer, the other K - 1 are sampled at temperature 1.
     """

@@ -19,10 +19,11 @@ from tqdm import tqdm
 import annotate
 import completion
 import scripted
+from acting import Policy
 from data import Episode, read_episodes, write_episodes
 from envs import EnvName, EnvPool, read_panel
 from hierarchy import Counts, Ends, episode_seed, rollout
-from model import Policy, file_hash, load_policy
+from model import file_hash, load_policy
 from run import fail, pick_device
 from teacher import ChatTeacher
 

@@ -21,12 +21,13 @@ import annotate
 import completion
 import scores
 import scripted
+from acting import Policy
 from candidates import BestOfK
 from critic import load_critics
 from data import Episode, write_episodes
 from envs import EnvName, EnvPool, read_panel
 from hierarchy import Counts, Ends, rollout
-from model import Policy, file_hash, fingerprint, lm_of, load_backbone, load_policy
+from model import file_hash, fingerprint, lm_of, load_backbone, load_policy
 from run import fail, pick_device, provenance
 
 RESULTS = Path(__file__).parent / "results"

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import prompts
+from acting import Answer, Request
 from data import Decision, Episode, Segment, Turn
 from envs import EnvPool, StepResult
-from model import Answer, Request
 from progress import History, executor_prompt, planner_prompt, progress_prompt
 
 # What ends a subtask, beside the cap on its actions and the episode: the executor's claim; the judge's
@@ -25,7 +25,7 @@ MAX_NEW_TOKENS = {"planner": 32, "executor": 32, "progress": 64}
 
 
 class Acts(Protocol):
-    """Answers requests in one batch: model.Policy, or a scripted stand-in in tests."""
+    """Answers requests in one batch: acting.Policy, or a scripted stand-in in tests."""
 
     def answer(self, requests: list[Request]) -> list[Answer]:
         """One Answer per Request, in order."""

@@ -1,17 +1,16 @@
-"""The language model: backbone, LoRA, hidden states for training, batched sampling for acting, checkpoints.
+"""The language model: backbone, LoRA, hidden states for training, checkpoints.
 
 `--model base` is the small Llama-architecture model in base/; any folder or hub id that AutoModelForCausalLM
 loads works the same. LoRA: arXiv:2106.09685 (peft). What this file does not do: any loss (learner.py), any
-prompt (prompts.py).
+prompt (prompts.py), sample (acting.py).
 """
 
+import functools
 import hashlib
 import json
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -64,6 +63,12 @@ def load_backbone(model: str, device: str = "cpu", gradient_checkpointing: bool 
         lm.gradient_checkpointing_enable()
         lm.enable_input_require_grads()
     return lm, tokenizer
+
+
+@functools.lru_cache(maxsize=200_000)
+def text_ids(tokenizer, text: str) -> tuple[int, ...]:
+    """Ids of a text without BOS and EOS; kept, so that training does not encode again what acting did."""
+    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def refuse_checkpointing(adapters: str) -> None:
@@ -160,126 +165,6 @@ def hidden_states(model, input_ids: Tensor, level: Tensor | None = None, precisi
 def trainable_state(model) -> dict[str, Tensor]:
     """The parameters that training changes, for state.pt."""
     return {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
-
-
-# --- acting ---------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Request:
-    """What a role is asked: prompt in, at most max_new_tokens out, drawn with `seed` (unused when greedy)."""
-
-    role: str
-    prompt: str
-    max_new_tokens: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What it said: ids end with EOS unless cut; logprobs are log pi of ids at temperature 1."""
-
-    text: str
-    ids: list[int]
-    logprobs: list[float]
-    prompt_tokens: int
-
-
-def length_groups(lengths: dict[int, int], worth: int = 1000) -> list[list[int]]:
-    """Rows in batches of like length: a further batch is begun where it saves `worth` tokens of padding.
-
-    A batch costs some ten small forwards of decoding, about as much as reading 1,000 tokens on CPU.
-    """
-    rows = sorted(lengths, key=lambda row: -lengths[row])
-    groups = [[]]
-    for position, row in enumerate(rows):
-        if groups[-1] and (lengths[groups[-1][0]] - lengths[row]) * (len(rows) - position) > worth:
-            groups.append([])
-        groups[-1].append(row)
-    return groups if rows else []
-
-
-class Policy:
-    """Answers requests in one left-padded batch; stops each row at its EOS.
-
-    temperature 0 is greedy. A sampled token is argmax(log pi / temperature + Gumbel noise), and the noise of
-    a row comes from the row's own seed: an episode is the same alone and in any batch.
-    """
-
-    def __init__(self, model, tokenizer, temperature: float = 0.0, planning_ratio: float = 0.7):
-        self.model, self.tokenizer = model, tokenizer
-        self.temperature = dict.fromkeys(ROLES, temperature * planning_ratio) | {"executor": temperature}
-        self.seconds = 0.0
-
-    def encode(self, prompt: str) -> list[int]:
-        """Prompt ids, with BOS where the tokenizer has one."""
-        bos = [self.tokenizer.bos_token_id] if self.tokenizer.bos_token_id is not None else []
-        return bos + self.tokenizer(prompt, add_special_tokens=False).input_ids
-
-    def answer(self, requests: list[Request]) -> list[Answer]:
-        """One answer per request; prompts share batches whatever their roles, if one adapter serves them."""
-        began, answers = time.perf_counter(), {}
-        prompts = [self.encode(r.prompt) for r in requests]
-        for adapter in ROLES if is_separate(self.model) else [SHARED]:
-            rows = [i for i, r in enumerate(requests) if adapter in (SHARED, r.role)]
-            if is_separate(self.model):
-                use_adapter(self.model, adapter)
-            for group in length_groups({i: len(prompts[i]) for i in rows}):
-                batch = self._answer([requests[i] for i in group], [prompts[i] for i in group])
-                answers |= dict(zip(group, batch, strict=True))
-        self.seconds += time.perf_counter() - began
-        return [answers[row] for row in range(len(requests))]
-
-    @torch.inference_mode()
-    def _answer(self, requests: list[Request], prompts: list[list[int]]) -> list[Answer]:
-        tokenizer, device = self.tokenizer, next(self.model.parameters()).device
-        width, eos = max(map(len, prompts)), tokenizer.eos_token_id
-        ids = torch.tensor([[eos] * (width - len(p)) + p for p in prompts], device=device)  # (B, T)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        position = (mask.cumsum(1) - 1).clamp(min=0)
-        limits = torch.tensor([r.max_new_tokens for r in requests], device=device)
-        temperature = torch.tensor([self.temperature[r.role] for r in requests], device=device)
-        noise = [
-            torch.Generator().manual_seed(r.seed) if t > 0 else None
-            for r, t in zip(requests, temperature, strict=True)
-        ]
-        running = torch.ones(len(requests), dtype=torch.bool, device=device)
-        lm, cache = lm_of(self.model), None
-        tokens, logprobs = [], []
-        for length in range(1, int(limits.max()) + 1):
-            out = lm(
-                input_ids=ids, attention_mask=mask, position_ids=position,
-                past_key_values=cache, use_cache=True, logits_to_keep=1,
-            )  # fmt: skip
-            cache, logp = out.past_key_values, out.logits[:, -1].float().log_softmax(-1)  # (B, V)
-            if cache is None or cache.get_seq_length() != mask.shape[1]:
-                fix = "gradient checkpointing drops it in training, call model.eval() before sampling"
-                raise ValueError(f"the model kept no key-value cache and would forget its prompt: {fix}")
-            token = self._draw(logp, temperature, noise)
-            tokens.append(torch.where(running, token, -1))
-            logprobs.append(logp.gather(1, token[:, None]).squeeze(1))
-            running = running & (token != eos) & (length < limits)
-            if not running.any():
-                break
-            ids, position = token[:, None], position[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        tokens, logprobs = torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist()
-        answers = []
-        for prompt, row, scores in zip(prompts, tokens, logprobs, strict=True):
-            row = [token for token in row if token >= 0]
-            text = tokenizer.decode(row, skip_special_tokens=True)
-            answers.append(Answer(text, row, scores[: len(row)], len(prompt)))
-        return answers
-
-    @staticmethod
-    def _draw(logp: Tensor, temperature: Tensor, noise: list) -> Tensor:
-        """Gumbel-max: argmax(logp / T + G) is a draw from softmax(logp / T). Greedy rows have no noise."""
-        if not any(noise):
-            return logp.argmax(-1)
-        gumbel = torch.zeros_like(logp, device="cpu")
-        for row, generator in enumerate(noise):
-            if generator is not None:
-                gumbel[row].exponential_(generator=generator).log_().neg_()
-        scaled = torch.where(temperature[:, None] > 0, logp / temperature.clamp(min=1e-6)[:, None], logp)
-        return (scaled + gumbel.to(logp.device)).argmax(-1)
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 import annotate
+from acting import Policy
 from batches import Mixture, collate, micro_batches
 from critic import load_critics, save_critics
 from data import Credit, Episode, Transition, read_episodes, set_returns, transitions, write_episodes
@@ -32,7 +33,6 @@ from logprob import head_weight, sequence_logprobs
 from model import (
     ROLES,
     SHARED,
-    Policy,
     hidden_states,
     is_separate,
     lm_of,

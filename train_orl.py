@@ -16,6 +16,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from acting import Policy, Request
 from annotate import flat
 from batches import Mixture, collate, micro_batches
 from critic import Critics, save_critics
@@ -23,7 +24,7 @@ from data import Credit, Transition, read_episodes, set_returns, transitions
 from diagnostics import Watch
 from hierarchy import MAX_NEW_TOKENS, episode_seed
 from learner import Learner
-from model import Policy, Request, hidden_states, lm_of, load_policy, save_policy, trainable_state
+from model import hidden_states, lm_of, load_policy, save_policy, trainable_state
 from readings import PRESETS, RLConfig
 from run import Run, fail, gather, own_share, pick_device
 

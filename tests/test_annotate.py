@@ -4,12 +4,12 @@ import copy
 
 import pytest
 
+from acting import Answer
 from annotate import annotate, flat
 from data import Decision, Episode, Turn, transitions
 from envs import StepResult
 from hierarchy import rollout
 from labels import check, leaks
-from model import Answer
 from prompts import NO_PROGRESS, compact, executor_answer
 from scienceworld_rules import MAX_ACTIONS, judge, progress_text, split
 

@@ -16,11 +16,12 @@ from test_model import ARCHITECTURES, load, make_backbone, requests, save
 
 import eval as evaluation
 import logprob
+from acting import Answer, Policy, Request
 from candidates import BestOfK, pack, predictor, score_candidates, tree_attention
 from critic import Critics, save_critics
 from learner import FrozenFeatures
 from logprob import head_weight, sequence_logprobs
-from model import ROLES, Answer, Policy, Request, add_lora, hidden_states, lm_of, load_backbone, use_adapter
+from model import ROLES, add_lora, hidden_states, lm_of, load_backbone, use_adapter
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14], [15, 16, 17, 18]]
 ANSWERS = [[[20, 21, 22], [23], [24, 25]], [[26, 27]], [], [[28, 29, 30, 31, 32], [28, 29, 33]]]
@@ -289,14 +290,15 @@ def test_sampling_with_gradient_checkpointing_is_refused_until_eval(backbones):
     """transformers drops the key-value cache with a warning: every token but the first saw no prompt."""
     lm, tokenizer = load_backbone(str(backbones["llama"]), gradient_checkpointing=True)
     torch.manual_seed(1)
-    policy = add_lora(lm, 4).train()
-    actor = Policy(policy, tokenizer, temperature=1.0)
+    actor = Policy(lm.train(), tokenizer, temperature=1.0)
     with pytest.raises(ValueError, match=r"would forget its prompt: .*model\.eval\(\)"):
         actor.answer(requests())
-    policy.eval()
-    plain, _ = load_backbone(str(backbones["llama"]))  # a fresh adapter changes nothing
+    lm.eval()
+    plain, _ = load_backbone(str(backbones["llama"]))
     expected = Policy(plain, tokenizer, temperature=1.0).answer(requests())
     assert [a.ids for a in actor.answer(requests())] == [a.ids for a in expected]
+    policy = add_lora(lm, 4).train()  # a fresh adapter changes nothing; its folded copy is never in training
+    assert Policy(policy, tokenizer, temperature=1.0).answer(requests()) == expected
 
 
 # --- best of K ----------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ LAYERS = [
     "envs prompts model logprob critic readings run scores",
     "scienceworld_env alfworld_fast logprob_triton progress "  # worlds use the interface in envs
     "scienceworld_rules alfworld_rules",
-    "data diagnostics candidates alfworld_experts",  # diagnostics reads the critic
-    "batches annotate hierarchy alfworld_games",
-    "alfworld_textworld",
+    "acting data diagnostics alfworld_experts",  # diagnostics reads the critic
+    "candidates annotate hierarchy alfworld_games",
+    "alfworld_textworld batches",
     "labels scripted learner completion "  # checks of what annotate writes; players without a model
     "alfworld_env",
     "teacher viewer",

@@ -22,20 +22,18 @@ from transformers import (
 )
 
 import model as model_file
+from acting import Context, Policy, Request, draw, folded, length_groups
 from batches import collate
 from data import Transition
 from logprob import head_weight, sequence_logprobs
 from model import (
     ROLES,
     SHARED,
-    Policy,
-    Request,
     add_lora,
     file_hash,
     fingerprint,
     hidden_states,
     is_separate,
-    length_groups,
     lm_of,
     load_backbone,
     load_policy,
@@ -316,14 +314,10 @@ def slow_greedy(policy, tokenizer, request):
 
 
 def prefer_eos(policy, tokenizer, strength):
-    """Makes EOS likelier (a hook on the head), so that answers of a random model end by themselves."""
-
-    def hook(module, inputs, logits):
-        logits = logits.clone()
-        logits[..., tokenizer.eos_token_id] += strength
-        return logits
-
-    return policy.get_output_embeddings().register_forward_hook(hook)
+    """Makes EOS likelier by a bias of the head, so that answers of a random model end by themselves."""
+    head = policy.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.zeros(len(head.weight)))
+    head.bias.data[tokenizer.eos_token_id] = strength
 
 
 def test_a_further_batch_is_begun_where_it_saves_enough_padding():
@@ -336,9 +330,9 @@ def test_prompts_share_a_padded_batch_whatever_their_roles(backbones, monkeypatc
     """Also says that the batches of the tests below do have padding."""
     batches, original = [], Policy._answer
 
-    def spy(self, asked, prompts):
+    def spy(self, adapter, asked, prompts):
         batches.append(sorted(map(len, prompts)))
-        return original(self, asked, prompts)
+        return original(self, adapter, asked, prompts)
 
     monkeypatch.setattr(Policy, "_answer", spy)
     for name in ("llama", "qwen2"):
@@ -449,7 +443,7 @@ def draw_frequencies(logits, temperatures, count=20_000):
     noise = [torch.Generator().manual_seed(7 + i) if t > 0 else None for i, t in enumerate(temperatures)]
     counts = torch.zeros_like(logp)
     for _ in range(count):
-        token = Policy._draw(logp, torch.tensor(temperatures), noise)
+        token = draw(logp, torch.tensor(temperatures), noise)
         counts[torch.arange(len(logp)), token] += 1
     return counts / count
 
@@ -479,6 +473,71 @@ def test_a_first_token_follows_the_models_softmax(backbones):
         assert (share - expected).abs().sum() / 2 < 0.13  # total variation; about 0.08 by chance
         assert share[expected.argmax()] == pytest.approx(expected.max().item(), abs=0.03)
     assert answer.logprobs == pytest.approx([logits.log_softmax(-1)[answer.ids[0]].item()], abs=1e-4)
+
+
+# --- acting: one cache, in blocks ---------------------------------------------------------------------------
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_context_grows_by_uneven_blocks_as_each_row_would_alone(backbones, architecture):
+    """Uneven rows, a row that a block leaves out, tokens given after sampled ones: as one forward."""
+    lm, tokenizer = load_backbone(str(backbones[architecture]))
+    eos = tokenizer.eos_token_id
+    blocks = [[[5, 6, 7], [8], [9, 10, 11, 12]], [[], [13, 14], [15]]]
+    context = Context(lm, 3, eos)
+    context.read(blocks[0])
+    written = context.write([2, 0, 3], [0.0] * 3, [None] * 3)
+    assert [len(row) for row in written] == [2, 0, 3]
+    hidden = context.read(blocks[1])
+    for row in range(3):
+        sampled = [token for token, _ in written[row]]
+        ids = torch.tensor([blocks[0][row] + sampled + blocks[1][row]])
+        with torch.no_grad():
+            alone = hidden_states(lm, ids)[0]
+            logp = lm(input_ids=ids).logits[0].log_softmax(-1)
+        torch.testing.assert_close(hidden[row], alone[-1], atol=1e-4, rtol=1e-4)
+        first = len(blocks[0][row])
+        for i, (token, score) in enumerate(written[row]):
+            assert score == pytest.approx(logp[first + i - 1, token].item(), abs=1e-4)
+            assert token == logp[first + i - 1].argmax()
+
+
+def test_a_cached_instruction_changes_no_answer_and_is_read_once(backbones):
+    policy, tokenizer = load(backbones["llama"])
+    asked = [replace(r, prompt=f"{r.prompt}\nTask: go to the {i}.") for i, r in enumerate(requests())]
+    actor = Policy(policy, tokenizer)
+    answers = actor.answer(asked)
+    assert [a.ids for a in answers] == [slow_greedy(policy, tokenizer, r) for r in asked]
+    assert len(actor.prefixes) == 4 and all(p.mask.shape[1] > 1 for p in actor.prefixes.values())
+    before = dict(actor.prefixes)
+    actor.answer(asked)
+    assert actor.prefixes == before
+    assert all(p.mask.shape[1] == p.cache.get_seq_length() for p in before.values()), "read by no other row"
+
+
+def test_folded_copies_act_alike_and_leave_the_policy_alone(backbones):
+    for adapters in ("shared", "separate"):
+        policy, tokenizer = load(backbones["llama"], adapters=adapters)
+        ids, before = random_ids(policy, rows=1), trainable_state(policy)
+        copies = folded(policy)
+        assert list(copies) == list(policy.peft_config)
+        for name, lm in copies.items():
+            assert not isinstance(lm, PeftModel) and not any(p.requires_grad for p in lm.parameters())
+            use_adapter(policy, name)
+            with torch.no_grad():
+                expected = lm_of(policy)(input_ids=ids).logits
+                torch.testing.assert_close(lm(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)
+        assert all(torch.equal(p, before[n]) for n, p in trainable_state(policy).items())
+        assert isinstance(policy, PeftModel)
+
+
+def test_in_bf16_only_the_trunk_is_rounded(backbones):
+    policy, tokenizer = load(backbones["gemma"])
+    (lm,) = folded(policy, "bf16").values()
+    assert lm.get_output_embeddings().weight.dtype == torch.float32
+    assert {p.dtype for p in lm.model.parameters()} == {torch.bfloat16}
+    exact = Policy(policy, tokenizer).answer(requests(new_tokens=1))
+    rounded = Policy(policy, tokenizer, precision="bf16").answer(requests(new_tokens=1))
+    off = [abs(a.logprobs[0] - b.logprobs[0]) for a, b in zip(exact, rounded, strict=True) if a.ids == b.ids]
+    assert off and 0 < max(off) < 0.2
 
 
 # --- parity between rollout and training --------------------------------------------------------------------

@@ -172,7 +172,7 @@ class Script:
         self.texts, self.asked = {"planner": " goal", "executor": executor, "progress": " so far"}, []
 
     def answer(self, requests):
-        from model import Answer
+        from acting import Answer
 
         self.asked += requests
         return [Answer(self.texts[r.role], [5, 2], [-1.0, -1.0], 3) for r in requests]
@@ -466,7 +466,7 @@ def draws_differ():
 
 
 def temperature_one_samples():
-    from model import Policy, Request
+    from acting import Policy, Request
 
     requests = [Request("executor", "a b", 4, seed) for seed in range(8)]
     answers = {t: {tuple(a.ids) for a in Policy(tiny_lm(), Words(), t).answer(requests)} for t in (0.0, 1.0)}
