@@ -66,7 +66,9 @@ class Context:
     def read(self, tokens: list[list[int]]) -> Tensor:
         """Appends what was sampled last and then these tokens, row by row (none is fine) -> hidden (B, D)."""
         rows = [last + new for last, new in zip(self.sampled, tokens, strict=True)]
-        self.sampled, width, device = [[] for _ in rows], max(map(len, rows)), self.mask.device
+        if not (width := max(map(len, rows))):
+            return self.hidden
+        self.sampled, device = [[] for _ in rows], self.mask.device
         ids = torch.tensor([[self.eos] * (width - len(row)) + row for row in rows], device=device)
         new = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
         position = (self.mask.sum(1, keepdim=True) + new.cumsum(1) - 1).clamp(min=0)

@@ -173,6 +173,19 @@ def _mlp(hidden_size: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 1)).float()
 
 
+class Values(nn.Module):
+    """HiPER's three values as heads on hidden states: V_high(s), V_low(s, subgoal), V_term(s, old subgoal)."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.heads = nn.ModuleDict({name: _mlp(hidden_size) for name in ("high", "low", "term")})
+
+    def forward(self, hidden: Tensor) -> dict[str, Tensor]:
+        """hidden (B, 2, D), after the prompt and before the action -> name: (B,)."""
+        column = {"high": 0, "low": 1, "term": 0}
+        return {name: head(hidden[:, column[name]]).squeeze(-1) for name, head in self.heads.items()}
+
+
 def _by_level(heads: nn.ModuleDict, hidden: Tensor, level_index: Tensor) -> Tensor:
     """Row b through the head of its level: hidden (B, D), level_index (B,) into the names, in order -> (B,).
 

@@ -25,9 +25,10 @@ from acting import Policy
 from candidates import BestOfK
 from critic import load_critics
 from data import Episode, write_episodes
-from envs import EnvName, EnvPool, read_panel
+from envs import EnvName, EnvPool, StepResult, read_panel
 from hierarchy import Counts, Ends, rollout
 from model import file_hash, fingerprint, lm_of, load_backbone, load_policy
+from plan_execute import PlanExecute, TurnPlayer
 from run import fail, pick_device, provenance
 
 RESULTS = Path(__file__).parent / "results"
@@ -69,12 +70,16 @@ def benchmark(env: str, panel: list) -> str:
 
 
 def ends_of(config: Config, meta: dict) -> Ends:
-    return "episode" if meta.get("flat") else config.ends
+    return "episode" if meta.get("flat") or meta.get("format") == "plan-execute" else config.ends
 
 
 def play(config: Config, panel: list, pool: EnvPool, counts: Counts) -> tuple[list[Episode], dict]:
     """The episodes of the panel in its order, and what is known of the agent."""
-    meta = {"stage": config.agent, "history": "progress"}
+    meta, judge = {"stage": config.agent, "history": "progress"}, annotate.rules(config.env).judge
+
+    def turn_player(episode: Episode, first: StepResult, _: int) -> TurnPlayer:
+        return TurnPlayer(episode, first, config.seed, judge)
+
     if config.agent == "random":
         stream = scripted.play_random(pool, panel, config.env, config.seed)
     elif config.agent in ("gold", "oracle"):
@@ -88,15 +93,17 @@ def play(config: Config, panel: list, pool: EnvPool, counts: Counts) -> tuple[li
         else:
             model, tokenizer = load_backbone(config.model, device)
             meta |= {"model": config.model, "base": fingerprint(model, tokenizer)}
-        policy = Policy(model.eval(), tokenizer, config.temperature)
+        as_turns = meta.get("format") == "plan-execute"
+        kind = PlanExecute if as_turns else Policy
+        policy = kind(model.eval(), tokenizer, config.temperature)
         if config.candidates > 1:
             critics = load_critics(config.checkpoint / "critic.safetensors", lm_of(model).config.hidden_size)
             policy = BestOfK(model, tokenizer, critics.to(device), config.candidates)
         stream = rollout(
-            pool, panel, policy, annotate.rules(config.env).judge, env=config.env,
+            pool, panel, policy, judge, env=config.env,
             history=meta["history"], ends=ends_of(config, meta),
             max_actions=annotate.max_actions(config.env, config.max_actions),
-            seed=config.seed, source=meta["stage"], counts=counts,
+            seed=config.seed, source=meta["stage"], counts=counts, make=turn_player if as_turns else None,
         )  # fmt: skip
     played = {(e.task, e.variation): e for e in tqdm(stream, total=len(panel), desc=config.name)}
     return [played[episode] for episode in panel], meta

@@ -167,6 +167,7 @@ def rollout(
     seed: int = 0,
     source: str = "policy",
     counts: Counts | None = None,
+    make: Callable[[Episode, StepResult, int], Player] | None = None,
 ) -> Iterator[Episode]:
     """Plays every (task, variation) of `panel` once, yields episodes as they end; a free slot takes the next.
 
@@ -176,16 +177,21 @@ def rollout(
     judge(subtask, resulting obs) -> completed? fills verified_done; it ends the subtask with ends="judge".
     max_actions: cap on the actions of one subtask.
     seed: of the sampling; an episode's draws depend on (seed, task, variation, turn, role) alone.
+    make(episode, first, place in the panel): another player than Player; then `panel` may repeat an episode.
     """
     counts = Counts() if counts is None else counts
-    waiting, players = list(reversed(panel)), {}
+    waiting, players = list(reversed(list(enumerate(panel)))), {}
+
+    def player(episode: Episode, first: StepResult, _: int) -> Player:
+        return Player(episode, first, history, max_actions, seed, judge, ends)
+
     while waiting or players:
         free = [slot for slot in range(pool.size) if slot not in players][: len(waiting)]
         starts = {slot: waiting.pop() for slot in free}
-        for slot, first in pool.call({slot: ("reset", *episode) for slot, episode in starts.items()}).items():
-            task, variation = starts[slot]
+        for slot, first in pool.call({slot: ("reset", *starts[slot][1]) for slot in starts}).items():
+            place, (task, variation) = starts[slot]
             episode = Episode(env, task, variation, first.description, source=source)
-            players[slot] = Player(episode, first, history, max_actions, seed, judge, ends)
+            players[slot] = (make or player)(episode, first, place)
         slots = sorted(players)
         answers = policy.answer([players[slot].request() for slot in slots])
         actions = {}

@@ -105,6 +105,14 @@ def progress(subtask: str, previous: str, action: str, feedback: str) -> str:
     )
 
 
+def plan_execute(description: str, finished: str, goal: str, done: str, obs: str) -> str:
+    """State of HiPER's one policy: it keeps or switches the subgoal `goal`, then acts  (plan_execute.py)."""
+    return (
+        f"Keep or switch the goal, then act.\nTask: {compact(description)}\nFinished: {finished}\n"
+        f"Goal: {goal}\nDone: {done}\nObservation: {render(obs)}\nSwitch:"
+    )
+
+
 # --- the answers ----------------------------------------------------------------------------------------
 def executor_answer(action: str, done: bool) -> str:
     return f" {action}; {done}"

@@ -5,10 +5,12 @@
 
 In rounds: the policy plays train variations, its last episodes become the online buffer, and batches of
 offline and online decisions train it. The planner adapts; what happens to the executor is --frozen, and how
-far its log-probs drift on a sample of the expert's decisions is logged.
+far its log-probs drift on a sample of the expert's decisions is logged. Writes evals.json, the scores of all
+evaluations, and online.jsonl, the episodes.
 """
 
 import functools
+import json
 import random
 import time
 from dataclasses import dataclass, field, replace
@@ -41,7 +43,7 @@ from model import (
     trainable_state,
 )
 from readings import RLConfig
-from run import Run, fail, pick_device
+from run import Run, fail, pick_device, provenance
 from scores import macro_mean
 
 
@@ -68,7 +70,7 @@ class Config:
     online_share: float = 1.0  # offline : online ratio of a batch, second number
     batch_size: int = 64  # decisions per step
     tokens_per_forward: int = 4096  # padded tokens of a micro-batch
-    precision: Literal["bf16", "fp32"] = "bf16"  # of the matrix products; weights stay fp32 on CPU
+    precision: Literal["bf16", "fp32"] = "bf16"  # of matrix products, in play too; weights stay fp32 on CPU
     temperature: float = 1.0  # of the executor; planner and progress sample at 0.7 of it
     max_steps: int = 50  # environment steps per episode
     ends: Ends = "claim"  # what ends a subtask in play
@@ -152,12 +154,12 @@ def main(config: Config) -> None:
     elif config.frozen == "replay":
         rl = replace(config.rl, rl_levels="planner")
     learner = Learner(policy, critics, functools.partial(hidden_states, precision=config.precision), rl)
-    played_file, steps, round_, updates = config.out / "online.jsonl", 0, 0, 0
+    played_file, steps, round_, updates, evals = config.out / "online.jsonl", 0, 0, 0, []
     if state := run.load_state():
         policy.load_state_dict(state["policy"], strict=False)
         critics.load_state_dict(state["critics"])
         learner.load_state_dict(state["learner"])
-        steps, round_, updates = state["steps"], state["round"], state["step"]
+        steps, round_, updates, evals = state["steps"], state["round"], state["step"], state["evals"]
     per_round = min(config.episodes, len(panel))
     played = read_episodes(played_file)[: round_ * per_round] if round_ else []
     write_episodes(played_file, played)  # what a stopped round had played is played again
@@ -168,9 +170,10 @@ def main(config: Config) -> None:
 
         def play(episodes: list, temperature: float, seed: int) -> list[Episode]:
             policy.eval()
+            player = Policy(policy, tokenizer, temperature, precision=config.precision)
             stream = rollout(
-                pool, episodes, Policy(policy, tokenizer, temperature), annotate.rules(config.env).judge,
-                env=config.env, history=meta["history"], ends="episode" if meta.get("flat") else config.ends,
+                pool, episodes, player, annotate.rules(config.env).judge, env=config.env,
+                history=meta["history"], ends="episode" if meta.get("flat") else config.ends,
                 max_actions=annotate.max_actions(config.env, config.max_actions), seed=seed,
                 source=f"o2o-{round_}",
             )  # fmt: skip
@@ -186,6 +189,8 @@ def main(config: Config) -> None:
                 done = play(dev, 0.0, config.seed)
                 metrics["dev/score"] = macro_mean([e.task for e in done], [max(0.0, e.score) for e in done])
                 metrics["dev/success"] = 100 * sum(e.success for e in done) / len(done)
+                evals.append({"env_steps": steps, "episodes": dev, "scores": [e.score for e in done]})
+                (config.out / "evals.json").write_text(json.dumps({"evals": evals} | provenance()) + "\n")
             return metrics
 
         try:
@@ -221,7 +226,7 @@ def main(config: Config) -> None:
                 if before // config.eval_every != steps // config.eval_every or steps >= config.env_steps:
                     run.log(updates, evaluate())
                 run.save_state(
-                    updates, steps=steps, round=round_, policy=trainable_state(policy),
+                    updates, steps=steps, round=round_, evals=evals, policy=trainable_state(policy),
                     critics=critics.state_dict(), learner=learner.state_dict(),
                 )  # fmt: skip
                 bar.update(steps - before)

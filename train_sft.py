@@ -7,6 +7,7 @@ L_SFT = -E_D[(1/n) sum_i log pi(w_i | s, w_<i)]  (GLIDER, arXiv:2505.19761, eq. 
 
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from acting import Policy
 from annotate import flat
 from batches import Mixture, collate, micro_batches
 from data import LEVELS, Transition, read_episodes, transitions
@@ -28,6 +30,8 @@ from model import (
     save_policy,
     trainable_state,
 )
+from plan_execute import TurnBatch, by_length, expert_turns
+from plan_execute import collate as collate_turns
 from run import Run, fail, own_share, pick_device, sum_gradients, sum_over_processes
 
 
@@ -38,6 +42,7 @@ class Config:
     model: str = "base"  # backbone: "base", a folder or a hub id
     history: Literal["progress", "full", "window"] = "progress"  # what a decision is conditioned on
     flat: bool = False  # no planner: one subtask per episode, the task itself
+    plan_execute: bool = False  # HiPER's format instead of three roles: keep or switch the subgoal, then act
     adapters: Literal["shared", "separate"] = "shared"  # one adapter for all roles, or one each
     rank: int = 16  # LoRA rank; 0 trains all weights
     targets: Literal["all", "attention"] = "all"  # linear layers that get LoRA; the papers use attention only
@@ -78,6 +83,15 @@ def sft_loss(policy, batch, count: int, precision: str) -> torch.Tensor:
     return -(sums / batch.action_mask.sum(1)).sum() / count
 
 
+def turn_loss(policy, batch: TurnBatch, count: int, precision: str) -> torch.Tensor:
+    """sft_loss of plan-execute turns: what the host inserts carries no loss."""
+    hidden = hidden_states(policy, batch.input_ids, torch.zeros(len(batch.part)), precision)  # (B, T, D)
+    weight, bias = head_weight(policy.get_output_embeddings(), policy.config)
+    decided = batch.part > 0
+    _, sums = sequence_logprobs(hidden, weight, batch.input_ids, decided, bias=bias)  # (B,)
+    return -(sums / decided.sum(1)).sum() / count
+
+
 def main(config: Config) -> None:
     torch.set_num_threads(config.threads or torch.get_num_threads())
     if config.gradient_checkpointing:
@@ -88,20 +102,38 @@ def main(config: Config) -> None:
         lm = lm.float()  # small steps would be rounded away in bf16 weights
     base = fingerprint(lm, tokenizer)
     episodes = read_episodes(config.data)
-    decisions: list[Transition] = [
-        t
-        for e in episodes
-        for t in transitions(flat(e) if config.flat else e, config.history, flat=config.flat)
-    ]
-    sampler = Mixture(*by_level_and_task(decisions, config.shares), config.seed)
+    if config.plan_execute:
+        pools, encode = {}, Policy(None, tokenizer).encode
+        for e in episodes:
+            pools.setdefault(e.task, []).extend(expert_turns(e, tokenizer))
+        count, counts = sum(map(len, pools.values())), {task: len(turns) for task, turns in pools.items()}
+        sampler = Mixture(pools, dict.fromkeys(pools, 1.0), config.seed)
+    else:
+        decisions: list[Transition] = [
+            t
+            for e in episodes
+            for t in transitions(flat(e) if config.flat else e, config.history, flat=config.flat)
+        ]
+        count, counts = len(decisions), Counter(t.level for t in decisions)
+        sampler = Mixture(*by_level_and_task(decisions, config.shares), config.seed)
+
+    def losses(items: list) -> Iterator[torch.Tensor]:
+        """The parts of the loss of a batch, one forward each."""
+        if config.plan_execute:
+            for group in own_share(by_length(items, encode, config.tokens_per_forward)):
+                batch = collate_turns([items[i] for i in group], encode).to(device)
+                yield turn_loss(policy, batch, len(items), config.precision)
+        else:
+            for part in own_share(micro_batches(items, tokenizer, config.tokens_per_forward)):
+                yield sft_loss(policy, collate(part, tokenizer).to(device), len(items), config.precision)
+
     run = Run(
         config.out, config, config.resume
     )  # seeds; after the inputs are read, so a wrong path leaves no folder
     policy = add_lora(lm, config.rank, config.targets, config.adapters).train()
-    steps = round(config.epochs * len(decisions) / config.batch_size) or int(config.epochs > 0)
-    counts = {level: sum(t.level == level for t in decisions) for level in LEVELS}
+    steps = round(config.epochs * count / config.batch_size) or int(config.epochs > 0)
     if run.writes:
-        print(f"{len(decisions)} decisions {counts}, {steps} steps on {device}")
+        print(f"{count} decisions {dict(counts)}, {steps} steps on {device}")
 
     parameters = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0)
@@ -128,8 +160,7 @@ def main(config: Config) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * rate
             items, loss = sampler.batch(config.batch_size), 0.0
-            for part in own_share(micro_batches(items, tokenizer, config.tokens_per_forward)):
-                partial = sft_loss(policy, collate(part, tokenizer).to(device), len(items), config.precision)
+            for partial in losses(items):
                 partial.backward()
                 loss += partial.item()
             loss = sum_over_processes(loss)
@@ -148,6 +179,7 @@ def main(config: Config) -> None:
     meta = {
         "model": config.model, "base": base, "rank": config.rank, "adapters": config.adapters,
         "history": config.history, "flat": config.flat, "stage": "sft", "steps": steps,
+        "format": "plan-execute" if config.plan_execute else "roles",
     }  # fmt: skip
     if run.writes:
         save_policy(policy, config.out, meta)

@@ -27,6 +27,22 @@ DEMO = [
     "find-animal", "find-non-living-thing", "lifespan-longest-lived", "lifespan-shortest-lived",
     "power-component", "chemistry-mix-paint-secondary-color", "use-thermometer", "melt",
 ]  # fmt: skip
+# GLIDER's offline-to-online experiment (arXiv:2505.19761, 4.4): held-out type -> types that train offline.
+FAMILIES = {
+    "test-conductivity": [
+        "test-conductivity-of-unknown-substances", "power-component",
+        "power-component-renewable-vs-nonrenewable-energy",
+    ],
+    "find-animal": [
+        "find-living-thing", "find-non-living-thing", "find-plant", "grow-fruit", "grow-plant",
+        "identify-life-stages-1", "identify-life-stages-2", "lifespan-longest-lived",
+        "lifespan-longest-lived-then-shortest-lived", "lifespan-shortest-lived",
+    ],
+    "boil": [
+        "freeze", "melt", "change-the-state-of-matter-of", "chemistry-mix",
+        "chemistry-mix-paint-secondary-color", "chemistry-mix-paint-tertiary-color", "use-thermometer",
+    ],
+}  # fmt: skip
 
 
 def write(
@@ -76,6 +92,13 @@ def scienceworld() -> None:
             "all 30 types" + ("" if split == "train" else ", the first 10 of each"),
         )
     write("demo", demo, "train", dict.fromkeys(demo, 40), "8 types, the first 40 variations of each")
+    base = {task: s for task, s in full.items() if task not in FAMILIES}
+    write("without", base, "train", dict.fromkeys(base, 50), "all types but the held-out ones, 50 of each")
+    for held_out, family in FAMILIES.items():
+        own, rest = {held_out: full[held_out]}, {task: full[task] for task in family}
+        write(f"{held_out}-family", rest, "train", dict.fromkeys(rest, 60), f"its family without {held_out}")
+        write(held_out, own, "train", {held_out: 10_000}, "a held-out type, for online training")
+        write(held_out, own, "dev", {held_out: 50}, "a held-out type, the first 50 variations")
     write("demo", demo, "dev", dict.fromkeys(demo, 5), "8 types, the first 5 variations of each")
 
 
