@@ -174,7 +174,7 @@ def _mlp(hidden_size: int) -> nn.Sequential:
 
 
 class Values(nn.Module):
-    """HiPER's three values as heads on hidden states: V_high(s), V_low(s, subgoal), V_term(s, old subgoal)."""
+    """HiPER's values as heads on hidden states: V_high(s), V_low(s, subgoal), V_term(s, old subgoal)."""
 
     def __init__(self, hidden_size: int):
         super().__init__()

@@ -50,10 +50,9 @@ class Decided:
     hidden: Tensor | None = None  # (2, D): after the prompt, and before the action
     prompt_tokens: int = 0
 
-    @property
-    def before_action(self) -> int:
-        """Index into ids of the last token before the action: V_low reads here."""
-        return self.part.index(ACTION) - 1
+    def logp_of(self, part: int) -> float:
+        """log pi of the tokens of one part, 0 without any."""
+        return sum(x for x, k in zip(self.logprobs, self.part, strict=True) if k == part)
 
 
 # --- texts --------------------------------------------------------------------------------------------------
@@ -184,6 +183,10 @@ class TurnPlayer(Player):
         self.turns.append(answer)
         self.pending = ("", answer.action, False)
         return answer.action
+
+    def answers(self) -> list[str]:
+        """What the world said after each turn."""
+        return [turn.obs for turn in self.episode.turns[1:]] + [self.now.obs]
 
 
 # --- batches ------------------------------------------------------------------------------------------------
