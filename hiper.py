@@ -1,8 +1,8 @@
 """HiPER's update: from played episodes to advantages, fitted values and a better policy (arXiv:2602.16165).
 
-Beside its hierarchical advantages stand two baselines on the same format: flat GAE (PPO, arXiv:1707.06347) and
-the group's mean return instead of a critic (GRPO, arXiv:2402.03300). Advantages are per turn and come before
-any padding. What this file does not do: the recursions (critic.py), act (plan_execute.py).
+Beside its hierarchical advantages stand two baselines on the same format: flat GAE (PPO, arXiv:1707.06347)
+and the group's mean return instead of a critic (GRPO, arXiv:2402.03300). Advantages are per turn and come
+before any padding. What this file does not do: the recursions (critic.py), act (plan_execute.py).
 Shapes: N turns of an iteration, T of one episode, B of a batch.
 """
 
@@ -99,7 +99,7 @@ def clipped_loss(logp: Tensor, old: Tensor, advantage: Tensor, clip: float, coun
 
 
 def k3(logp: Tensor, reference: Tensor) -> Tensor:
-    """Estimate of KL(pi || pi_ref) per sampled token: exp(d) - d - 1 with d = log pi_ref - log pi, at most 10."""
+    """KL(pi || pi_ref) estimated per sampled token: exp(d) - d - 1, d = log pi_ref - log pi; at most 10."""
     d = reference - logp
     return (d.clamp(max=20).exp() - d - 1).clamp(max=10)  # no gradient where it is larger, as released
 
@@ -202,7 +202,7 @@ def improve(
 ) -> dict[str, float]:
     """One pass of gradient steps over turns drawn at random: the clipped loss, and k3 to the reference.
 
-    hidden_fn(model, ids (B, T)) -> (B, T, D). advantage (N, 3). encode, max_tokens: of plan_execute.by_length.
+    hidden_fn(model, ids (B, T)) -> (B, T, D). advantage (N, 3). encode, max_tokens: as in by_length.
     """
     weight, bias = head_weight(policy.get_output_embeddings(), policy.config)
     parameters = [p for p in policy.parameters() if p.requires_grad]
@@ -231,9 +231,8 @@ def improve(
             sums["loss"] += loss.item()
             sums["kl"] += kl.item()
             sums["clipped"] += ((new - old).exp() - 1).abs().gt(config.clip).sum().item() / count
-        sums["grad_norm"] += nn.utils.clip_grad_norm_(
-            parameters, config.clip_norm, error_if_nonfinite=True
-        ).item()
+        norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm, error_if_nonfinite=True)
+        sums["grad_norm"] += norm.item()
         optimizer.step()
     return {f"actor/{name}": total / len(drawn) for name, total in sums.items()}
 

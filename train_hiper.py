@@ -81,9 +81,7 @@ def main(config: Config) -> None:
     if meta.get("format") != "plan-execute":
         raise ValueError(f"{config.init} has another format: train it with train_sft.py --plan-execute")
     if config.per_iteration % config.group:
-        raise ValueError(
-            f"--per-iteration {config.per_iteration}: expected a multiple of --group {config.group}"
-        )
+        raise ValueError(f"--per-iteration is no multiple of --group {config.group}: {config.per_iteration}")
     reference, _, _ = load_policy(config.init, device)
     panel = read_panel(config.env, config.panel, "train")
     dev = read_panel(config.env, config.panel, config.dev, config.dev_limit) if config.dev else []
@@ -119,18 +117,13 @@ def main(config: Config) -> None:
         with EnvPool(config.env, config.slots, config.workers, config.max_steps) as pool:
             while played < config.episodes:
                 seed = episode_seed(config.seed, iteration)
-                games = random.Random(seed).sample(
-                    panel, min(len(panel), config.per_iteration // config.group)
-                )
+                games = random.Random(seed).sample(panel, config.per_iteration // config.group)
                 rng = torch.Generator().manual_seed(seed)
                 player = PlanExecute(policy.eval(), tokenizer, config.temperature, precision=config.precision)
-                players = play(
-                    pool, [g for g in games for _ in range(config.group)], player, config, seed, "hiper"
-                )
-                found, turns = (
-                    traces(players, player, values, config.rl),
-                    [t for p in players for t in p.turns],
-                )
+                repeated = [game for game in games for _ in range(config.group)]
+                players = play(pool, repeated, player, config, seed, "hiper")
+                turns = [turn for p in players for turn in p.turns]
+                found = traces(players, player, values, config.rl)
                 advantage, targets = advantages(players, found, config.rl)
                 metrics = behaviour(players) | fit(values, critic, turns, targets, config.rl, rng)
                 if iteration >= config.warmup or config.rl.advantage == "group":
@@ -151,7 +144,7 @@ def main(config: Config) -> None:
                 )  # fmt: skip
                 bar.update(len(players))
                 bar.set_postfix(
-                    {k: f"{metrics[f'play/{k}']:.2f}" for k in ("success", "switch_rate", "turns")}
+                    success=f"{metrics['play/success']:.0f}", turns=f"{metrics['play/turns']:.1f}"
                 )
     except KeyboardInterrupt:
         raise SystemExit(f"stopped after {played} episodes; go on with --resume") from None

@@ -14,7 +14,7 @@ LAYERS = [
     "acting data diagnostics alfworld_experts",  # diagnostics reads the critic
     "candidates annotate hierarchy alfworld_games",
     "alfworld_textworld batches",
-    "labels scripted learner completion plan_execute "  # checks of what annotate writes; players without a model
+    "labels scripted learner completion plan_execute "  # scripted: players without a model
     "alfworld_env",
     "teacher viewer hiper",
     "collect train_sft train_orl train_o2o train_hiper eval plot bench demo "
