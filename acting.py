@@ -162,6 +162,12 @@ def folded(model, precision: str = "fp32") -> dict:
     return copies
 
 
+def instruction(line: list[int], prompt: list[int]) -> tuple[int, ...]:
+    """The tokens of the first line that the prompt begins with; its last one may have merged with "\n"."""
+    line = line[:-1]
+    return tuple(line) if line == prompt[: len(line)] and len(line) < len(prompt) else ()
+
+
 class Policy:
     """Answers requests in left-padded batches; stops each row at its EOS.
 
@@ -205,16 +211,17 @@ class Policy:
         lm, eos = self.copies.get(adapter) or lm_of(self.model), self.tokenizer.eos_token_id
         if is_separate(self.model):
             use_adapter(self.model, adapter)  # for a model that is not folded
-        context, begins = Context(lm, len(prompts), eos), []
-        for request, prompt in zip(requests, prompts, strict=True):
-            line = self.encode(request.prompt.partition("\n")[0])[:-1]  # its last token may merge with "\n"
-            begins.append(tuple(line) if line == prompt[: len(line)] and len(line) < len(prompt) else ())
+        context = Context(lm, len(prompts), eos)
+        begins = [
+            instruction(self.encode(request.prompt.partition("\n")[0]), prompt)
+            for request, prompt in zip(requests, prompts, strict=True)
+        ]
         if all(begins):
             for begin in set(begins):
                 if (adapter, begin) not in self.prefixes:
-                    instruction = Context(lm, 1, eos)
-                    instruction.read([list(begin)])
-                    self.prefixes[adapter, begin] = instruction
+                    one = Context(lm, 1, eos)
+                    one.read([list(begin)])
+                    self.prefixes[adapter, begin] = one
             context.begin([self.prefixes[adapter, begin] for begin in begins])
             prompts = [prompt[len(begin) :] for prompt, begin in zip(prompts, begins, strict=True)]
         context.read(prompts)

@@ -1,6 +1,6 @@
 """Script: seconds and memory of the log-prob, of an update and of shared prompts, beside the usual ways.
 
-    python bench.py logprob  # or: update, prefix; alone on the machine
+    python bench.py logprob  # or: update, prefix, rollout; alone on the machine
 
 The variants of a case run in turn, round by round in one process, so that a busy machine slows all of them
 alike; their results are compared first. What this file does not do: train, or score a policy (eval.py).
@@ -29,26 +29,28 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 
 from batches import collate, micro_batches
+from bench_rollout import random_policy, rollouts
 from candidates import pack, score_candidates
 from critic import Critics
 from data import LEVELS, Transition
 from learner import Learner
 from logprob import sequence_logprobs, token_logprobs
-from model import add_lora, attention, hidden_states, lm_of
+from model import hidden_states, lm_of
 from readings import RLConfig
 from run import fail, pick_device, provenance, seed_everything
 
 
 @dataclass(frozen=True)
 class Config:
-    bench: tyro.conf.Positional[Literal["logprob", "update", "prefix"]]  # what to measure
+    bench: tyro.conf.Positional[Literal["logprob", "update", "prefix", "rollout"]]  # what to measure
     shapes: tuple[str, ...] = ()  # of logprob: DxVxNxT, of prefix: PxKxA; default: SHAPES
     vocab: int = 32_000  # V of update; prefix has 2048
     hidden: int = 256  # D of update and prefix
     layers: int = 4  # of update and prefix
+    model: str = "base"  # of rollout; "" is a random one of --hidden and --layers
     batch_size: int = 64  # decisions of an update
     rounds: int = 5  # timed rounds, after one that warms up and is checked
     patience: float = 12.0  # seconds for the rounds of a variant of logprob; slower: it counts as it warms up
@@ -71,6 +73,7 @@ TARGETS = [  # case, variant: how often as fast as the fastest that begins so ("
     ("update cpu vocab 32000", "3 fused log-prob", {"MB of 0": 3}),
     ("update cpu vocab 32000", "6 frozen features", {"MB of 0": 3}),
     ("prefix cpu 256x8x16 train", "packed row", {"padded rows": 4}),
+    ("rollout cpu", "4 bf16", {"0": 8}),
 ]  # fmt: skip
 
 
@@ -226,19 +229,6 @@ RUNGS = ["0 papers' code", "1 shared forward", "2 response rows", "3 fused log-p
 RUNGS += ["4 length buckets", "5 bf16 autocast", "6 frozen features"]  # frozen features: another reading
 
 
-def random_policy(config: Config, device: str, vocab: int):
-    """A random Llama with LoRA of rank 16 that is not zero: hidden states depend on the adapter."""
-    seed_everything(0)
-    llama = LlamaConfig(
-        vocab_size=vocab, hidden_size=config.hidden, intermediate_size=11 * config.hidden // 4,
-        num_hidden_layers=config.layers, num_attention_heads=4, initializer_range=0.1, **attention(device),
-    )  # fmt: skip
-    policy = add_lora(LlamaForCausalLM(llama), rank=16)
-    for parameter in (p for name, p in policy.named_parameters() if "lora_B" in name):
-        torch.nn.init.normal_(parameter, std=0.02)
-    return policy.to(device)
-
-
 def all_positions(hidden, weight, input_ids, action_mask, *_, **__) -> tuple[Tensor, Tensor]:
     """sequence_logprobs by the logits of every token (B, T, V), prompt and padding included."""
     logp = (hidden @ weight.T)[:, :-1].log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
@@ -332,8 +322,10 @@ def main(config: Config) -> None:
         print(f"{package}: {'installed, used on CUDA' if find_spec(package) else 'not installed'}")
     kinds = ("fp32", "bf16") if bench == "logprob" else ("train", "score")
     shapes = config.shapes or SHAPES.get(bench) or SHAPES.get(f"{bench} {device[:4]}")
-    for case in [(f"vocab {config.vocab}",)] if bench == "update" else product(shapes, kinds):
-        where, rows = " ".join((bench, device[:4], *case)), compare(config, device, case)
+    one = {"update": [(f"vocab {config.vocab}",)], "rollout": [(config.model or f"hidden {config.hidden}",)]}
+    for case in one.get(bench) or product(shapes, kinds):
+        where = " ".join((bench, device[:4], *case))
+        rows = rollouts(config, device) if bench == "rollout" else compare(config, device, case)
         print(f"\n{where}\n{table(rows)}", flush=True)
         results += [{"case": where, **row} for row in rows]
         targets += check_targets(where, rows)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 import bench
+import bench_rollout
 
 
 def run(tmp_path, capsys, name, **options):
@@ -70,3 +71,11 @@ def test_targets_by_hand():
 def test_a_wrong_shape_is_named():
     with pytest.raises(ValueError, match="expected DxVxNxT"):
         bench.sizes("16x64", "DxVxNxT")
+
+
+def test_rollout_plays_the_same_actions_on_every_rung_but_bf16():
+    policy = bench.random_policy(bench.Config("rollout", hidden=16, layers=1), "cpu", 2048).eval()
+    tokenizer = bench_rollout.load_backbone("base")[1]
+    rows = bench_rollout.compare(policy, tokenizer, rounds=1, many=4, few=2)
+    assert [row["variant"] for row in rows] == bench_rollout.LADDER and rows[0]["ratio"] == 1
+    assert all(row["episodes_per_minute"] == pytest.approx(60 / row["seconds"]) for row in rows)
