@@ -1,4 +1,4 @@
-"""Diagnostics of offline RL: each level's numbers, and alarms in plain words when they collapse.
+"""Diagnostics of RL: each level's numbers, and alarms in plain words when they collapse.
 
 A critic is held against the Monte-Carlo returns of the data, the weights against their effective sample size
 (Kish), the policy against the one that sampled the rollouts. docs/metrics.md has every equation and healthy
@@ -141,6 +141,21 @@ ALARMS = {
         "--rl.actor-lr; with --rl.actor signed_advantage this is how it ends",
     ),
 }
+PLAY_ALARMS = {  # of a plan-execute agent at play (train_hiper.py)
+    "switch_rate": Alarm(
+        5,
+        lambda x: _late(x) < 0.01 or _late(x) > 0.95,
+        "it always keeps or always switches its subgoal, the hierarchy is gone: raise --rl.kl or lower --rl.lr",
+    ),
+    "format_rate": Alarm(
+        5, lambda x: _late(x) < 0.8, "the format is being lost: raise --rl.format-penalty or --rl.kl"
+    ),
+    "answer_tokens": Alarm(
+        10,
+        lambda x: _late(x) > 2 * x[:5].mean(),
+        "answers have doubled in length: raise --rl.kl or --rl.format-penalty",
+    ),
+}
 
 
 def alarms(metrics: dict[str, list[float]]) -> dict[str, str]:
@@ -151,7 +166,7 @@ def alarms(metrics: dict[str, list[float]]) -> dict[str, str]:
     found = {}
     for name, series in metrics.items():
         level, _, quantity = name.rpartition("/")
-        alarm, x = ALARMS.get(quantity), torch.tensor(series, dtype=torch.float64)
+        alarm, x = (ALARMS | PLAY_ALARMS).get(quantity), torch.tensor(series, dtype=torch.float64)
         if alarm and len(x) >= alarm.least and alarm.collapsed(x):
             found[name] = f"{level} {quantity} {_late(x):.3g}: {alarm.advice}"
     return found

@@ -27,6 +27,7 @@ class HiperConfig:
     gamma: float = 0.99  # discount per environment step (released: 1)
     lam: float = 0.95  # GAE's lambda within a segment, or along a flat episode (released: 1)
     lam_segment: float = 0.95  # lambda over segments
+    limit: Literal["bootstrap", "end"] = "bootstrap"  # what a step limit is; end: a failure, as if terminated
     format_penalty: float = 0.1  # cost of a turn that is not in the format
     invalid_penalty: float = 0.0  # cost of an action that the world does not understand
     clip: float = 0.2  # PPO: the ratio counts within 1 - clip and 1 + clip
@@ -59,7 +60,7 @@ def estimate(trace: Trace, config: HiperConfig) -> tuple[Tensor, dict[str, Tenso
     A target is advantage + value, as released; nan where the value has none.
     """
     r, q, gamma = trace.reward, trace.switched, config.gamma
-    end = 0.0 if trace.terminated else 1.0  # a time limit bootstraps from the next observation
+    end = 0.0 if trace.terminated or config.limit == "end" else 1.0  # else from the next observation
     high, low, term = trace.v_high[:-1], trace.v_low[:-1], trace.v_term[:-1]
     final_high, final_low = end * trace.v_high[-1].item(), end * trace.v_low[-1].item()
     if config.advantage == "gae":
@@ -234,7 +235,7 @@ def improve(
         norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm, error_if_nonfinite=True)
         sums["grad_norm"] += norm.item()
         optimizer.step()
-    return {f"actor/{name}": total / len(drawn) for name, total in sums.items()}
+    return {f"policy/{name}": total / len(drawn) for name, total in sums.items()}
 
 
 def behaviour(players: list[TurnPlayer]) -> dict[str, float]:

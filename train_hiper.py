@@ -105,7 +105,7 @@ def main(config: Config) -> None:
         with EnvPool(config.env, config.slots, config.workers, config.dev_steps) as pool:
             done = play(pool, dev, player, config, config.seed, "eval")
         scores = [max(0.0, p.now.score) for p in done]
-        evals.append({"episodes": played, "games": dev, "scores": scores})
+        evals.append({"episodes": played, "panel": dev, "scores": scores})
         (config.out / "evals.json").write_text(json.dumps({"evals": evals} | provenance()) + "\n")
         success = 100 * sum(p.now.success for p in done) / len(done)
         score = macro_mean([p.episode.task for p in done], scores)

@@ -56,6 +56,13 @@ def write(
 def alfworld() -> None:
     for split, count in {"train": 1200, "valid_seen": 60, "valid_unseen": 60}.items():
         write_games("official", split, read_games(split, "official"), "the solvable official games")
+        if split == "train":
+            by_type = sorted(read_games(split, "official"), key=lambda game: (game.task_type, game.id))
+            kinds = {game.task_type: [] for game in by_type}
+            for game in by_type:
+                kinds[game.task_type].append(game)
+            tenth = [game for kind in kinds.values() for game in kind[::10]]
+            write_games("tenth", split, tenth, "every tenth official game of each type")
         games = generate(split, count)
         write_games("demo", split, games, "generated games, NOT official ones: a look-alike for quick runs")
 

@@ -12,7 +12,7 @@ import torch
 from test_mutations import CASES
 
 from data import LEVELS, Credit
-from diagnostics import ALARMS, level_quantities
+from diagnostics import ALARMS, PLAY_ALARMS, level_quantities
 from learner import Decisions, losses
 from readings import PRESETS, RLConfig
 
@@ -123,4 +123,5 @@ def test_metrics_md_names_exactly_the_quantities_that_a_step_can_log():
     assert {name for name in found if name[0] in ("actor", "critic")} == {
         ("actor", "grad_norm"), ("critic", "grad_norm")
     }  # fmt: skip
-    assert set(ALARMS) <= made
+    of_play = set(re.findall(r"`play/(\w+)`", PAGES["metrics.md"]))
+    assert set(ALARMS) <= made and set(PLAY_ALARMS) <= of_play

@@ -17,6 +17,7 @@ import eval as evaluation
 import train_hiper
 import train_sft
 from critic import Values, gae
+from diagnostics import alarms
 from hiper import (
     HiperConfig,
     Trace,
@@ -87,6 +88,8 @@ def test_a_time_limit_bootstraps_from_the_next_observation_and_an_end_does_not(m
     zero, _ = estimate(trace(terminated=False, final=(0.0, 0.0)), config)
     cut, _ = estimate(trace(terminated=False, final=(0.5, 0.6)), config)
     assert torch.equal(ended.nan_to_num(), zero.nan_to_num()), "what stands in for an ended world is not read"
+    as_end, _ = estimate(trace(terminated=False, final=(0.5, 0.6)), replace(config, limit="end"))
+    assert torch.equal(as_end.nan_to_num(), ended.nan_to_num())
     gain = (cut - ended)[5]
     assert gain[2].item() == pytest.approx(0.9 * (0.6 if method == "hiper" else 0.5))
     assert gain[1].item() == pytest.approx(0.9 * 0.5)
@@ -192,8 +195,8 @@ def test_micro_batches_change_nothing_since_advantages_come_before_padding(tiny)
     assert max(x.abs().max() for x in whole.values()) > 1e-3
     for name, moved in whole.items():
         torch.testing.assert_close(parts[name], moved, atol=1e-5, rtol=1e-3)
-    assert one["actor/loss"] == pytest.approx(other["actor/loss"], abs=1e-5)
-    assert one["actor/kl"] == pytest.approx(0, abs=1e-6) and one["actor/clipped"] == 0
+    assert one["policy/loss"] == pytest.approx(other["policy/loss"], abs=1e-5)
+    assert one["policy/kl"] == pytest.approx(0, abs=1e-6) and one["policy/clipped"] == 0
 
 
 def test_a_part_without_advantage_moves_nothing(tiny):
@@ -282,7 +285,7 @@ def test_it_plays_its_episodes_warms_up_learns_and_evaluates(start, method):
     train_hiper.main(config(start, method, rl=rl))
     rows = metrics(start / method)
     assert rows["play/episodes"] == [4, 8, 12] and rows["dev/episodes"] == [0, 8, 12]
-    assert len(rows["actor/loss"]) == (3 if method == "group" else 2)
+    assert len(rows["policy/loss"]) == (3 if method == "group" else 2)
     assert len(rows.get("high/explained_variance", [])) == (0 if method == "group" else 3)
     assert ("low/value_mean" in rows) == (method == "hiper")
     before, after = adapter(start / "sft"), adapter(start / method)
@@ -319,6 +322,21 @@ def test_eval_plays_a_plan_execute_checkpoint(start):
     result = evaluation.main(asked)
     assert result["episodes"] == 6 and result["parse_failure_rate"] < 1
     assert set(result["tokens_per_decision"]) == {"executor"}
+
+
+@pytest.mark.parametrize(
+    "quantity, healthy, collapsed",
+    [
+        ("switch_rate", 0.2, 0.0),
+        ("switch_rate", 0.2, 1.0),
+        ("format_rate", 0.99, 0.5),
+        ("answer_tokens", 10, 40),
+    ],
+)
+def test_an_alarm_names_the_collapse_and_is_silent_before(quantity, healthy, collapsed):
+    assert alarms({f"play/{quantity}": [healthy] * 30}) == {}
+    (text,) = alarms({f"play/{quantity}": [healthy] * 15 + [collapsed] * 15}).values()
+    assert quantity in text and "--rl." in text
 
 
 def test_another_format_and_an_uneven_group_are_refused(start, tmp_path):
