@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Offline to online on a task type that nothing has seen before: not the base, not SFT, not offline RL (GLIDER, section 4.4).
-#   recipes/o2o.sh find-animal "0 1 2"     # or boil, test-conductivity; then: python recipes/o2o_figure.py
-# The planner-only agent, and the flat baselines AWAC and AC. Resumable: what is done is skipped.
+#   recipes/o2o.sh find-animal "0 1 2" "glider awac ac"     # or boil, test-conductivity; then
+#   python recipes/curves.py --folder out/o2o/find-animal --arms glider awac ac --out results/o2o_find-animal
+# glider: only the planner learns online; awac, ac: flat agents. Resumable: what is done is skipped.
 # shellcheck disable=SC2086
 set -euo pipefail
 cd "$(dirname "$0")/.."
-type=$1 seeds=${2:-"0 1 2"} online=${3:---env-steps 10000}
+type=$1 seeds=${2:-"0 1 2"} arms=${3:-"glider awac ac"} online=${4:---env-steps 10000}
 out=out/o2o/$type base=out/o2o/base python=.venv/bin/python threads="--threads ${THREADS:-2}"
 declare -A epochs=([find-animal]=1.5 [boil]=3 [test-conductivity]=4)
 resume() { if [ -f "$1/config.json" ]; then echo --resume; fi; }
@@ -29,10 +30,14 @@ online() { # folder to start from, name, seed, flags
     $python train_o2o.py --init "$out/$1/orl" --offline "$out/gold.jsonl" "$out/$1/rollouts.jsonl" --out "$out/$2/seed$3" \
       --panel "$type" --dev-limit 0 --eval-every 2500 --seed "$3" $critic $online $threads $4 $(resume "$out/$2/seed$3")
 }
-start planner ""
-start flat --flat
+[[ $arms != *glider* ]] || start planner ""
+[[ $arms != *a*c* ]] || start flat --flat
 for seed in $seeds; do
-  online planner glider "$seed" ""
-  online flat awac "$seed" "--frozen nothing --rl.expectile 0.5"
-  online flat ac "$seed" "--frozen nothing --rl.expectile 0.5 --rl.actor signed_advantage --offline-share 0"
+  for arm in $arms; do
+    case $arm in
+      glider) online planner glider "$seed" "" ;;
+      awac) online flat awac "$seed" "--frozen nothing --rl.expectile 0.5" ;;
+      ac) online flat ac "$seed" "--frozen nothing --rl.expectile 0.5 --rl.actor signed_advantage --offline-share 0" ;;
+    esac
+  done
 done
