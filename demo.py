@@ -1,6 +1,6 @@
 """Script: the whole pipeline on the demo panel, from gold paths to a table and a report. `make demo` runs it.
 
-gold paths -> SFT -> rollouts of the SFT policy -> offline RL -> evaluation -> out/demo/report.html
+gold paths -> SFT -> rollouts of the SFT policy -> offline RL -> offline to online -> out/demo/report.html
 
 `make demo ENV=alfworld` does the same in ALFWorld, on generated games: they need no download, and their
 scores are not those of the official games.
@@ -70,6 +70,12 @@ def stages(c: Config) -> list[tuple[str, str]]:
             f"--out {o}/orl --rl.temperature 0.2 --rl.critic-lr 1e-3 {ORL[c.env]} {common}",
         ),
         (f"{o}/results/offline-rl.json", f"{evaluate} --checkpoint {o}/orl --name offline-rl"),
+        (
+            f"{o}/o2o/policy.json",
+            f"train_o2o.py --init {o}/orl --offline {o}/gold.jsonl {o}/rollouts.jsonl {world} --out {o}/o2o "
+            f"--dev '' --env-steps 1500 --rl.temperature 0.2 --rl.critic-lr 1e-3 {WORKERS[c.env]} {common}",
+        ),
+        (f"{o}/results/online.json", f"{evaluate} --checkpoint {o}/o2o --name online"),
     ]
     if c.env == "scienceworld":  # whose random row is slow to make: random_row
         return train

@@ -40,6 +40,7 @@ class Config:
     heads: int = 6
     feed_forward: int = 512
     questions: float = 0.5  # mean number of questions on an observation
+    dropout: float = 0.1  # of the merges of word pieces, in the renamed half of the text
     context: int = 320  # tokens per training row
     rows: int = 16  # rows per step
     tokens: float = 11e6  # training tokens; the learning rate is annealed over them
@@ -142,6 +143,19 @@ def train_tokenizer(documents: list[str], vocab: int) -> PreTrainedTokenizerFast
     )
 
 
+def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str], dropout: float = 0.0) -> list[list[int]]:
+    """Documents as ids between BOS and EOS, each merge left out with probability `dropout` (BPE-dropout).
+
+    Without it a piece such as " ex" is seen only inside "examine", and a model that is frozen afterwards can
+    neither read nor write it in "explore"  (arXiv:1910.13267).
+    """
+    merges = tokenizer.backend_tokenizer.model
+    merges.dropout = dropout or None
+    ids = tokenizer(documents, add_special_tokens=False).input_ids
+    merges.dropout = None
+    return [[tokenizer.bos_token_id, *row, tokenizer.eos_token_id] for row in ids]
+
+
 def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -157,16 +171,15 @@ def main(config: Config) -> None:
     else:
         tokenizer = train_tokenizer(documents, config.vocab)
         tokenizer.save_pretrained(config.out)
-    documents += [rename(text, group, words, rng) for text, group in zip(documents, names, strict=True)]
-    rng.shuffle(documents)
-    stream = []
-    for ids in tokenizer(documents, add_special_tokens=False).input_ids:
-        stream += [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
-    stream = torch.tensor(stream)
+    encoded = encode(tokenizer, documents)
+    renamed = [rename(text, group, words, rng) for text, group in zip(documents, names, strict=True)]
+    encoded += encode(tokenizer, renamed, config.dropout)
+    rng.shuffle(encoded)
+    stream = torch.tensor([token for ids in encoded for token in ids])
     held_out, stream = stream[: 64 * config.context], stream[64 * config.context :]
     print(
         f"{len(episodes)} episodes, {len(stream) / 1e6:.1f}M tokens, "
-        f"{len(' '.join(documents)) / len(stream):.2f} characters per token"
+        f"{(len(''.join(documents)) + len(''.join(renamed))) / len(stream):.2f} characters per token"
     )
 
     architecture = LlamaConfig(

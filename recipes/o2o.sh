@@ -14,7 +14,8 @@ critic="--rl.temperature 0.2 --rl.critic-lr 1e-3"
 
 [ -f "$base/pretrain.json" ] || {
   $python collect.py --source explore --panel without --max-steps 40 --out out/o2o/explore.jsonl
-  $python base/pretrain.py --text out/o2o/explore.jsonl --out $base --tokens 14e6 --threads "${THREADS:-2}"
+  $python base/pretrain.py --text out/o2o/explore.jsonl --out $base --tokens 14e6 --dropout 0 --threads "${THREADS:-2}"
+  $python base/pretrain.py --text out/o2o/explore.jsonl --out $base --tokens 18e6 --threads "${THREADS:-2}"
 }
 $python collect.py --source gold --panel "$type-family" --out "$out/gold.jsonl"
 start() { # folder, flags of SFT: to the checkpoint that goes online
