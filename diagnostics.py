@@ -145,7 +145,7 @@ PLAY_ALARMS = {  # of a plan-execute agent at play (train_hiper.py)
     "switch_rate": Alarm(
         5,
         lambda x: _late(x) < 0.01 or _late(x) > 0.95,
-        "it always keeps, or always switches its subgoal: no hierarchy is left; raise --rl.kl or lower --rl.lr",
+        "it always keeps, or always switches its subgoal: no hierarchy is left; raise --rl.kl, lower --rl.lr",
     ),
     "format_rate": Alarm(
         5, lambda x: _late(x) < 0.8, "the format is being lost: raise --rl.format-penalty or --rl.kl"

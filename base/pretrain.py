@@ -147,7 +147,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str], dropout: fl
     """Documents as ids between BOS and EOS, each merge left out with probability `dropout` (BPE-dropout).
 
     Without it a piece such as " ex" is seen only inside "examine", and a model that is frozen afterwards can
-    neither read nor write it in "explore"  (arXiv:1910.13267).
+    neither read nor write it in "explore"  (arXiv:1910.13267). The library's draws cannot be seeded.
     """
     merges = tokenizer.backend_tokenizer.model
     merges.dropout = dropout or None

@@ -10,7 +10,7 @@ type=$1 seeds=${2:-"0 1 2"} arms=${3:-"glider awac ac"} online=${4:---env-steps 
 out=out/o2o/$type base=out/o2o/base python=.venv/bin/python threads="--threads ${THREADS:-2}"
 declare -A epochs=([find-animal]=1.5 [boil]=3 [test-conductivity]=4)
 resume() { if [ -f "$1/config.json" ]; then echo --resume; fi; }
-critic="--rl.temperature 0.2 --rl.critic-lr 1e-3"
+critic="--rl.temperature 0.2 --rl.critic-lr 1e-3" fast="--rl.temperature 0.1 --rl.critic-lr 1e-3 --rl.actor-lr 3e-4 --batch-size 32 --online-share 2"
 
 [ -f "$base/pretrain.json" ] || {
   $python collect.py --source explore --panel without --max-steps 40 --out out/o2o/explore.jsonl
@@ -29,7 +29,7 @@ start() { # folder, flags of SFT: to the checkpoint that goes online
 online() { # folder to start from, name, seed, flags
   [ -f "$out/$2/seed$3/policy.json" ] ||
     $python train_o2o.py --init "$out/$1/orl" --offline "$out/gold.jsonl" "$out/$1/rollouts.jsonl" --out "$out/$2/seed$3" \
-      --panel "$type" --dev-limit 0 --eval-every 2500 --seed "$3" $critic $online $threads $4 $(resume "$out/$2/seed$3")
+      --panel "$type" --dev-limit 0 --eval-every 2500 --seed "$3" $fast $online $threads $4 $(resume "$out/$2/seed$3")
 }
 [[ $arms != *glider* ]] || start planner ""
 [[ $arms != *a*c* ]] || start flat --flat

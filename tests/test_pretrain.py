@@ -2,6 +2,9 @@
 
 import random
 import re
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
 
 import scripted
 from base import pretrain
@@ -46,3 +49,14 @@ def test_a_document_holds_random_play_and_as_many_questions_as_asked_for():
     names = pretrain.visible(episode)
     renamed = pretrain.rename(texts[0.0], names, names, random.Random(0))
     assert renamed != texts[0.0] and renamed.count("\n") == texts[0.0].count("\n")
+
+
+def test_dropout_shows_pieces_that_stand_only_inside_other_words_and_changes_no_text():
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(Path(pretrain.__file__).parent)
+    plain = pretrain.encode(tokenizer, ["Action: examine mug 2"] * 200)
+    varied = pretrain.encode(tokenizer, ["Action: examine mug 2"] * 2000, dropout=0.3)
+    piece = tokenizer.convert_tokens_to_ids("Ġex")
+    assert len(set(map(tuple, plain))) == 1 and piece not in plain[0]
+    assert sum(piece in ids for ids in varied) > 20
+    assert {tokenizer.decode(ids) for ids in plain + varied} == {"<bos>Action: examine mug 2<eos>"}
+    assert pretrain.encode(tokenizer, ["Action: examine mug 2"]) == plain[:1], "and afterwards it is off"
