@@ -615,12 +615,12 @@ CASES = [Case(*fields) for fields in [
     ("experts and rollouts are mixed one to one", "R-G16", "batches", pools_keep_their_ratio,
         "self.used[n] / self.ratio[n]", "self.used[n]"),
     # tokens
-    ("BOS stands before every segment", "R-G9", "batches", bos_comes_once_and_is_no_label,
+    ("BOS stands before every segment", "R-G9", "model", bos_comes_once_and_is_no_label,
         "tokenizer(text, add_special_tokens=False)", "tokenizer(text)"),
     ("the prompt is a label", "R-G9", "batches", bos_comes_once_and_is_no_label,
         "return self.segment == 1", "return self.segment >= 0"),
     ("EOS is not trained", "ours", "batches", the_end_of_an_answer_is_trained,
-        "[*_ids(tokenizer, completion), tokenizer.eos_token_id]", "[*_ids(tokenizer, completion)]"),
+        "[*text_ids(tokenizer, completion), tokenizer.eos_token_id]", "[*text_ids(tokenizer, completion)]"),
     ("EOS is taken for padding", "R-G9", "candidates", the_end_of_an_answer_is_trained,
         "torch.tensor([row + [-1] * (width - len(row)) for row in segments])",
         "torch.tensor([[k if i != fill else -1 for i, k in zip(r + [fill] * (width - len(r)), "
@@ -641,7 +641,7 @@ CASES = [Case(*fields) for fields in [
         "success=self.now.success", "success=self.now.score > 0"),
     ("every draw has the same seed", "R-G23", "hierarchy", draws_differ,
         "seed = episode_seed(self.seed, episode.task, episode.variation, t, role)", "seed = self.seed"),
-    ("the temperature is ignored", "R-G20", "model", temperature_one_samples,
+    ("the temperature is ignored", "R-G20", "acting", temperature_one_samples,
         'temperature * planning_ratio) | {"executor": temperature}', "0.0)"),
     ("collection is greedy", "R-S13", "collect", collection_samples,
         "Policy(model, tokenizer, config.temperature)", "Policy(model, tokenizer)"),
