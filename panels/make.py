@@ -57,12 +57,17 @@ def alfworld() -> None:
     for split, count in {"train": 1200, "valid_seen": 60, "valid_unseen": 60}.items():
         write_games("official", split, read_games(split, "official"), "the solvable official games")
         if split == "train":
-            by_type = sorted(read_games(split, "official"), key=lambda game: (game.task_type, game.id))
-            kinds = {game.task_type: [] for game in by_type}
-            for game in by_type:
-                kinds[game.task_type].append(game)
+            kinds = {}
+            for game in sorted(read_games(split, "official"), key=lambda game: (game.task_type, game.id)):
+                kinds.setdefault(game.task_type, []).append(game)
             tenth = [game for kind in kinds.values() for game in kind[::10]]
             write_games("tenth", split, tenth, "every tenth official game of each type")
+            heat = kinds["pick_heat_then_place_in_recep"]
+            cold = [game for game in tenth if game not in heat]
+            write_games("heat-family", split, cold, "the same without `heat`: offline data that lacks a verb")
+            online = [game for i, game in enumerate(heat) if i % 9]
+            write_games("heat", split, online, "official games that need `heat`, for online training")
+            write_games("heat", "dev", heat[::9], "every ninth official train game that needs `heat`")
         games = generate(split, count)
         write_games("demo", split, games, "generated games, NOT official ones: a look-alike for quick runs")
 
