@@ -8,7 +8,7 @@ Shapes: B turns, T tokens, D hidden size.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -156,11 +156,14 @@ class PlanExecute(Policy):
 
 
 class TurnPlayer(Player):
-    """One running episode of a plan-execute agent, for hierarchy.rollout; keeps what was decided."""
+    """One running episode of a plan-execute agent, for hierarchy.rollout; keeps what was decided.
 
-    def __init__(self, episode: Episode, first: StepResult, seed: int, judge: Callable):
+    give_up: the episode is cut off after so many actions in a row that were not understood; 0: never.
+    """
+
+    def __init__(self, episode: Episode, first: StepResult, seed: int, judge: Callable, give_up: int = 0):
         super().__init__(episode, first, "full", 0, seed, judge, "episode")  # ends with the world alone
-        self.subtask, self.closed, self.turns = "", [], []
+        self.subtask, self.closed, self.turns, self.give_up, self.misses = "", [], [], give_up, 0
 
     def request(self) -> TurnRequest:
         t = len(self.episode.turns)
@@ -183,6 +186,13 @@ class TurnPlayer(Player):
         self.turns.append(answer)
         self.pending = ("", answer.action, False)
         return answer.action
+
+    def stepped(self, result: StepResult, counts: Counts) -> None:
+        """As Player; cut off where it gives up."""
+        self.misses = self.misses + 1 if result.obs.startswith(prompts.NOT_UNDERSTOOD) else 0
+        if 0 < self.give_up <= self.misses and not result.terminated:
+            result = replace(result, truncated=True)
+        super().stepped(result, counts)
 
     def answers(self) -> list[str]:
         """What the world said after each turn."""

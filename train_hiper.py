@@ -47,6 +47,9 @@ class Config:
     warmup: int = 2  # first iterations that fit the values only (none without a critic)
     temperature: float = 1.0  # of play
     max_steps: int = 30  # environment steps per episode of training
+    give_up: int = (
+        4  # actions in a row not understood that end an episode of training as a limit does; 0: never
+    )
     dev_steps: int = 50  # and of evaluation
     tokens_per_forward: int = 4096  # padded tokens of a micro-batch
     precision: Literal["bf16", "fp32"] = "bf16"  # of matrix products, in play too; weights stay fp32 on CPU
@@ -60,16 +63,16 @@ class Config:
 
 
 def play(
-    pool: EnvPool, panel: list, policy: PlanExecute, config: Config, seed: int, source: str
+    pool: EnvPool, panel: list, policy: PlanExecute, config: Config, seed: int, give_up: int = 0
 ) -> list[TurnPlayer]:
     """The players of all episodes of `panel`, which may repeat a game, in its order."""
     players, judge = {}, annotate.rules(config.env).judge
 
     def make(episode: Episode, first: StepResult, place: int) -> TurnPlayer:
-        players[place] = TurnPlayer(episode, first, episode_seed(seed, place), judge)
+        players[place] = TurnPlayer(episode, first, episode_seed(seed, place), judge, give_up)
         return players[place]
 
-    for _ in rollout(pool, panel, policy, judge, env=config.env, source=source, counts=Counts(), make=make):
+    for _ in rollout(pool, panel, policy, judge, env=config.env, source="hiper", counts=Counts(), make=make):
         pass
     return [players[place] for place in range(len(panel))]
 
@@ -103,7 +106,7 @@ def main(config: Config) -> None:
     def evaluate() -> dict[str, float]:
         player = PlanExecute(policy, tokenizer, precision=config.precision)
         with EnvPool(config.env, config.slots, config.workers, config.dev_steps) as pool:
-            done = play(pool, dev, player, config, config.seed, "eval")
+            done = play(pool, dev, player, config, config.seed)
         scores = [max(0.0, p.now.score) for p in done]
         evals.append({"episodes": played, "panel": dev, "scores": scores})
         (config.out / "evals.json").write_text(json.dumps({"evals": evals} | provenance()) + "\n")
@@ -121,7 +124,7 @@ def main(config: Config) -> None:
                 rng = torch.Generator().manual_seed(seed)
                 player = PlanExecute(policy.eval(), tokenizer, config.temperature, precision=config.precision)
                 repeated = [game for game in games for _ in range(config.group)]
-                players = play(pool, repeated, player, config, seed, "hiper")
+                players = play(pool, repeated, player, config, seed, config.give_up)
                 turns = [turn for p in players for turn in p.turns]
                 found = traces(players, player, values, config.rl)
                 advantage, targets = advantages(players, found, config.rl)

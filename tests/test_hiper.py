@@ -355,7 +355,7 @@ def test_penalties_and_traces_by_hand(start):
     c = config(start, "x", max_steps=4)
     with train_hiper.EnvPool("alfworld", 2, 0, 4) as pool:
         panel = train_hiper.read_panel("alfworld", "demo", "train", 1)[:2]
-        players = train_hiper.play(pool, panel, player, c, 0, "test")
+        players = train_hiper.play(pool, panel, player, c, 0)
     p = players[0]
     p.turns[1].valid = False
     p.episode.turns[2].obs, p.turns[2].valid = "Nothing happens.", True

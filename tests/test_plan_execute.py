@@ -220,6 +220,17 @@ def test_an_episode_is_segments_under_the_subgoals_that_were_chosen(tmp_path):
     assert read_episodes(tmp_path / "e.jsonl")[0].segments == done.segments
 
 
+def test_an_episode_is_given_up_after_actions_in_a_row_that_were_not_understood():
+    first = StepResult("room", "Your task is to: x.", 0.0, 0.0, False, False, False)
+    miss = replace(first, obs="Nothing happens.")
+    player = TurnPlayer(Episode("alfworld", "t", "g", "x"), first, 0, lambda *_: False, give_up=2)
+    for result, over in [(miss, False), (first, False), (miss, False), (miss, True)]:
+        player.receive(decided(False, "a", "act"), Counts())
+        player.stepped(result, Counts())
+        assert player.over == over and player.now.truncated == over
+    assert player.finished().turns[-1].truncated and not player.now.terminated
+
+
 def test_collate_gives_each_token_the_advantage_of_its_part_and_inserted_ones_none():
     part = [SWITCH, INSERTED, GOAL, INSERTED, ACTION]
     turn = Decided("p", [7, 8, 9, 4, 5], part, [-1, 0, -2, 0, -3], True, "g", "a", True)
