@@ -120,25 +120,21 @@ class PlanExecute(Policy):
 
         words = write(SWITCH, [bool(r.goal) for r in requests])
         for turn, request, word in zip(turns, requests, words, strict=True):
-            turn.switched = (
-                not request.goal or word != KEEP_WORD.strip()
-            )  # as released: all but KEEP switches
-            turn.valid &= not request.goal or word in (KEEP_WORD.strip(), SWITCH_WORD.strip())
+            if request.goal:
+                turn.switched = word != KEEP_WORD.strip()  # as released, whatever is not KEEP switches
+                turn.valid &= word in (KEEP_WORD.strip(), SWITCH_WORD.strip())
         keep = [not turn.switched for turn in turns]
         first = [*text_ids(tokenizer, SWITCH_WORD), eos]  # the first subgoal is no choice
         kept = [[*text_ids(tokenizer, f" {r.goal}"), eos, *cues[ACTION]] for r in requests]
-        insert(
-            [([] if requests[b].goal else first) + cues[GOAL] + (kept[b] if keep[b] else []) for b in rows]
-        )
+        begins = [([] if r.goal else first) + cues[GOAL] for r in requests]
+        insert([begins[b] + (kept[b] if keep[b] else []) for b in rows])
         goals = write(GOAL, [not k for k in keep])
         insert([[] if k else cues[ACTION] for k in keep])
         before_action = context.hidden
         actions = write(ACTION, [True] * len(turns))
         for b, turn in enumerate(turns):
-            turn.goal, turn.action = (
-                (requests[b].goal if keep[b] else goals[b] or "none"),
-                actions[b] or "none",
-            )
+            turn.goal = requests[b].goal if keep[b] else goals[b] or "none"
+            turn.action = actions[b] or "none"
             turn.hidden = torch.stack([after_prompt[b], before_action[b]]).float().cpu()
         return turns
 
