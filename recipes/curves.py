@@ -42,7 +42,7 @@ def curve(folder: Path) -> dict:
     points, count = [], min(len(run["evals"]) for run in runs)
     for rows in zip(*(run["evals"][:count] for run in runs), strict=True):
         x = "env_steps" if "env_steps" in rows[0] else "episodes"
-        tasks = [task for task, _ in rows[0].get("panel") or rows[0]["games"]]
+        tasks = [task for task, _ in rows[0]["panel"]]
         clipped = [[max(0.0, score) for score in row["scores"]] for row in rows]
         low, high = bootstrap_ci(tasks, clipped)
         points.append(
