@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 import tyro
 from matplotlib.figure import Figure
 
@@ -86,7 +87,9 @@ def main(config: Config) -> dict:
     result = {"curves": curves, "published": PUBLISHED.get(config.folder.name, {}), **provenance()}
     config.out.parent.mkdir(parents=True, exist_ok=True)
     Path(f"{config.out}.json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(curves, result["published"], config.folder.name).savefig(f"{config.out}.svg")
+    with matplotlib.rc_context({"svg.hashsalt": "nanohrl", "svg.fonttype": "none"}):
+        chart = draw(curves, result["published"], config.folder.name)
+        chart.savefig(f"{config.out}.svg", metadata={"Date": None})
     for arm, found in curves.items():
         ends = [found["points"][i] for i in (0, -1)]
         print(
