@@ -87,11 +87,13 @@ class Context:
         return self.hidden
 
     @torch.inference_mode()
-    def write(self, limits: list[int], temperature: list[float], noise: list) -> list[list[tuple]]:
-        """Samples at most limits[b] tokens in row b, until EOS -> per row [(token, log pi at temperature 1)].
+    def write(
+        self, limits: list[int], temperature: list[float], noise: list, tempered: bool = False
+    ) -> list[list[tuple]]:
+        """Samples at most limits[b] tokens in row b, until EOS -> per row [(token, its log pi)].
 
-        noise: a torch.Generator per row, None where temperature is 0. The last token is read by the next
-        read().
+        noise: a torch.Generator per row, None where temperature is 0. tempered: log pi is that of the softmax
+        that was drawn from, else that at temperature 1. The last token is read by the next read().
         """
         device, running = self.mask.device, [limit > 0 for limit in limits]
         written, heat = [[] for _ in limits], torch.tensor(temperature, device=device)
@@ -101,6 +103,8 @@ class Context:
             logits = nn.functional.linear(self.hidden.to(self.weight.dtype), self.weight, self.bias)
             logp = logits.float().log_softmax(-1)  # (B, V)
             drawn = draw(logp, heat, [n if r else None for n, r in zip(noise, running, strict=True)])
+            if tempered:
+                logp = (logp / torch.where(heat > 0, heat, 1.0)[:, None]).log_softmax(-1)
             scores = logp.gather(1, drawn[:, None]).squeeze(1).tolist()
             for row, (token, score) in enumerate(zip(drawn.tolist(), scores, strict=True)):
                 if running[row]:

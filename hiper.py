@@ -27,6 +27,7 @@ class HiperConfig:
     gamma: float = 0.99  # discount per environment step (released: 1)
     lam: float = 0.95  # GAE's lambda within a segment, or along a flat episode (released: 1)
     lam_segment: float = 0.95  # lambda over segments
+    temperature: float = 0.7  # the policy is softmax(logits / temperature), in play and in every log pi
     limit: Literal["bootstrap", "end"] = "bootstrap"  # what a step limit is; end: a failure, as if terminated
     format_penalty: float = 0.1  # cost of a turn that is not in the format
     invalid_penalty: float = 0.0  # cost of an action that the world does not understand
@@ -211,7 +212,9 @@ def improve(
     drawn = torch.randperm(len(turns), generator=rng)[: config.turns].split(config.batch_size)
 
     def logp(model: nn.Module, ids: Tensor, decided: Tensor) -> Tensor:
-        return sequence_logprobs(hidden_fn(model, ids), weight, ids, decided, bias=bias)[0][decided]
+        cool = 1 / config.temperature  # of logits; bias / T, since logits are hidden W + bias
+        hidden, shift = cool * hidden_fn(model, ids), bias if bias is None else cool * bias
+        return sequence_logprobs(hidden, weight, ids, decided, bias=shift)[0][decided]
 
     for rows in drawn:
         batch = [turns[i] for i in rows]

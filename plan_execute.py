@@ -42,7 +42,7 @@ class Decided:
     prompt: str
     ids: list[int]
     part: list[int]  # INSERTED, SWITCH, GOAL or ACTION
-    logprobs: list[float]  # log pi at temperature 1 when sampled; 0 where inserted
+    logprobs: list[float]  # log pi when sampled, at the temperature of play; 0 where inserted
     switched: bool
     goal: str
     action: str
@@ -93,7 +93,10 @@ def _append(turn: Decided, part: int, tokens: list[tuple[int, float]]) -> None:
 
 # --- acting -------------------------------------------------------------------------------------------------
 class PlanExecute(Policy):
-    """acting.Policy for turns: answer(requests) -> Decided, one each, with what the values read."""
+    """acting.Policy for turns: answer(requests) -> Decided, one each, with what the values read.
+
+    Its policy is the softmax at `temperature`, in play and in training (hiper.improve).
+    """
 
     def _answer(self, adapter: str, requests: list[TurnRequest], token_ids: list[list[int]]) -> list[Decided]:
         heat = [self.temperature["executor"]] * len(requests)
@@ -107,7 +110,7 @@ class PlanExecute(Policy):
         after_prompt = context.hidden
 
         def write(part: int, active: list[bool]) -> list[str]:
-            written = context.write([LIMITS[part] if on else 0 for on in active], heat, noise)
+            written = context.write([LIMITS[part] if on else 0 for on in active], heat, noise, True)
             for turn, tokens in zip(turns, written, strict=True):
                 _append(turn, part, tokens)
                 turn.valid &= not tokens or tokens[-1][0] == eos

@@ -45,7 +45,6 @@ class Config:
     per_iteration: int = 64  # of them per iteration
     group: int = 8  # plays of the same game in an iteration (GRPO's group; the others play alike)
     warmup: int = 2  # first iterations that fit the values only (none without a critic)
-    temperature: float = 1.0  # of play
     max_steps: int = 30  # environment steps per episode of training
     give_up: int = (
         4  # actions in a row not understood that end an episode of training as a limit does; 0: never
@@ -122,7 +121,9 @@ def main(config: Config) -> None:
                 seed = episode_seed(config.seed, iteration)
                 games = random.Random(seed).sample(panel, config.per_iteration // config.group)
                 rng = torch.Generator().manual_seed(seed)
-                player = PlanExecute(policy.eval(), tokenizer, config.temperature, precision=config.precision)
+                player = PlanExecute(
+                    policy.eval(), tokenizer, config.rl.temperature, precision=config.precision
+                )
                 repeated = [game for game in games for _ in range(config.group)]
                 players = play(pool, repeated, player, config, seed, config.give_up)
                 turns = [turn for p in players for turn in p.turns]

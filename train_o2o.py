@@ -189,7 +189,8 @@ def main(config: Config) -> None:
                 done = play(dev, 0.0, config.seed)
                 metrics["dev/score"] = macro_mean([e.task for e in done], [max(0.0, e.score) for e in done])
                 metrics["dev/success"] = 100 * sum(e.success for e in done) / len(done)
-                evals.append({"env_steps": steps, "panel": dev, "scores": [e.score for e in done]})
+                row = {"env_steps": steps, "executor_logp": metrics.get("executor/logp_held")}
+                evals.append(row | {"panel": dev, "scores": [e.score for e in done]})
                 (config.out / "evals.json").write_text(json.dumps({"evals": evals} | provenance()) + "\n")
             return metrics
 

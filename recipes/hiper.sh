@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # HiPER beside flat PPO and GRPO on ALFWorld, from SFT on a tenth of the train games. Resumable: what is done is skipped.
 #   export ALFWORLD_DATA=~/.cache/alfworld
-#   recipes/hiper.sh "hiper gae group" "0 1 2"; then: python recipes/curves.py --folder out/hiper --arms hiper gae group --out results/hiper_alfworld
+#   recipes/hiper.sh "hiper gae group" "0 1 2"; then: python recipes/curves.py --folder results/online/alfworld --arms hiper gae group --out results/hiper_alfworld
 # shellcheck disable=SC2086
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,8 +14,11 @@ $python collect.py --source gold --env alfworld --panel tenth --workers 0 --out 
   $python train_sft.py --plan-execute --data $out/gold.jsonl --out $out/sft --epochs 5 $threads $(resume $out/sft)
 for seed in $seeds; do
   for arm in $arms; do
+    kept=results/online/alfworld/$arm/seed$seed
+    [ ! -f "$kept/evals.json" ] || continue
     [ -f "$out/$arm/seed$seed/policy.json" ] ||
       $python train_hiper.py --init $out/sft --panel official --out "$out/$arm/seed$seed" --rl.advantage "$arm" --seed "$seed" \
         $flags $threads $(resume "$out/$arm/seed$seed")
+    mkdir -p "$kept" && cp "$out/$arm/seed$seed/evals.json" "$kept/"
   done
 done

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Offline to online on a task type that nothing has seen before: not the base, not SFT, not offline RL (GLIDER, section 4.4).
 #   recipes/o2o.sh find-animal "0 1 2" "glider awac ac"     # or boil, test-conductivity; then
-#   python recipes/curves.py --folder out/o2o/find-animal --arms glider awac ac --out results/o2o_find-animal
+#   python recipes/curves.py --folder results/online/find-animal --arms glider awac ac --out results/o2o_find-animal
 # glider: only the planner learns online. replay, nothing: what is frozen instead (train_o2o.py --frozen). awac, ac: flat agents.
 # `heat` is ALFWorld, official games: the offline data lack the verb, the base has read it ($ALFWORLD_DATA).
-# Resumable: what is done is skipped.
+# Resumable: what is done is skipped. The evaluations of a finished run are kept in results/online/<type>/<arm>/seed<k>/.
 # shellcheck disable=SC2086
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -20,25 +20,30 @@ critic="--rl.temperature 0.2 --rl.critic-lr 1e-3" fast="--rl.temperature 0.1 --r
   $python base/pretrain.py --text out/o2o/explore.jsonl --out $base --tokens 14e6 --dropout 0 --threads "${THREADS:-2}"
   $python base/pretrain.py --text out/o2o/explore.jsonl --out $base --tokens 18e6 --threads "${THREADS:-2}"
 }
-$python collect.py --source gold $env --panel "$type-family" --out "$out/gold.jsonl"
 start() { # folder, flags of SFT: to the checkpoint that goes online
+  [ ! -f "$out/$1/orl/policy.json" ] || return 0
+  $python collect.py --source gold $env --panel "$type-family" --out "$out/gold.jsonl"
   [ -f "$out/$1/sft/policy.json" ] || $python train_sft.py --model $base --data "$out/gold.jsonl" --out "$out/$1/sft" \
     --epochs "${epochs[$type]}" $threads $2 $(resume "$out/$1/sft")
   $python collect.py --source policy $env --panel "$type-family" --limit 15 --checkpoint "$out/$1/sft" --out "$out/$1/rollouts.jsonl" $threads
-  [ -f "$out/$1/orl/policy.json" ] || $python train_orl.py --init "$out/$1/sft" --expert "$out/gold.jsonl" \
+  $python train_orl.py --init "$out/$1/sft" --expert "$out/gold.jsonl" \
     --rollouts "$out/$1/rollouts.jsonl" --out "$out/$1/orl" --steps 150 --warmup-steps 80 $critic $threads $(resume "$out/$1/orl")
 }
-online() { # folder to start from, name, seed, flags
+online() { # folder to start from, name, seed, flags of train_o2o.py, of SFT
+  local kept=results/online/$type/$2/seed$3
+  [ ! -f "$kept/evals.json" ] || return 0
+  start "$1" "$5"
   [ -f "$out/$2/seed$3/policy.json" ] || $python train_o2o.py --init "$out/$1/orl" --offline "$out/gold.jsonl" "$out/$1/rollouts.jsonl" \
     --out "$out/$2/seed$3" $env --panel "$type" --dev-limit 0 --eval-every 2500 --seed "$3" $fast $online $threads $4 $(resume "$out/$2/seed$3")
+  mkdir -p "$kept" && cp "$out/$2/seed$3/evals.json" "$kept/"
 }
 for seed in $seeds; do
   for arm in $arms; do
     case $arm in
-      glider) start planner "" && online planner glider "$seed" "" ;;
-      replay | nothing) start planner "" && online planner "$arm" "$seed" "--frozen $arm" ;;
-      awac) start flat --flat && online flat awac "$seed" "--frozen nothing --rl.expectile 0.5" ;;
-      ac) start flat --flat && online flat ac "$seed" "--frozen nothing --rl.expectile 0.5 --rl.actor signed_advantage --offline-share 0" ;;
+      glider) online planner glider "$seed" "" "" ;;
+      replay | nothing) online planner "$arm" "$seed" "--frozen $arm" "" ;;
+      awac) online flat awac "$seed" "--frozen nothing --rl.expectile 0.5" --flat ;;
+      ac) online flat ac "$seed" "--frozen nothing --rl.expectile 0.5 --rl.actor signed_advantage --offline-share 0" --flat ;;
     esac
   done
 done

@@ -166,7 +166,7 @@ def tiny(tmp_path_factory):
 
 
 def turns_of(policy, tokenizer, count=6) -> tuple[list[Decided], PlanExecute]:
-    player = PlanExecute(policy, tokenizer, temperature=1.0)
+    player = PlanExecute(policy, tokenizer, temperature=HiperConfig().temperature)
     asked = [
         TurnRequest("executor", f"Act.\nTask: {'go ' * i}\nSwitch:", 9, i, "find x" * (i > 1))
         for i in range(count)
@@ -220,7 +220,7 @@ def test_the_step_makes_what_was_better_likelier_and_what_was_worse_less_likely(
     mask, (weight, bias) = batch.part == ACTION, head_weight(policy.get_output_embeddings(), policy.config)
     with torch.no_grad():
         hidden = hidden_states(policy, batch.input_ids)
-        logp, _ = sequence_logprobs(hidden, weight, batch.input_ids, mask, bias=bias)
+        logp, _ = sequence_logprobs(hidden / 0.7, weight, batch.input_ids, mask, bias=bias)
     change = (logp - torch.where(mask, batch.logprobs, 0.0)).sum(1)
     assert change[2:4].sum() > 0 > change[4:].sum()
 

@@ -154,13 +154,13 @@ def test_play_and_training_agree_on_log_probs_and_on_what_the_values_read(backbo
     """One right-padded forward over the whole turn, without a cache: log-probs and hidden states of play."""
     policy, tokenizer = load(backbones[architecture])
     encode = Policy(None, tokenizer).encode
-    player = always(PlanExecute(policy, tokenizer, temperature=1.0), word)
+    player = always(PlanExecute(policy, tokenizer, temperature=0.7), word)
     turns = [player.answer([asked])[0] for asked in ASKED]
     batch = collate(turns, encode)
     weight, bias = head_weight(policy.get_output_embeddings(), policy.config)
     with torch.no_grad():
         hidden = hidden_states(policy, batch.input_ids)
-        logp, _ = sequence_logprobs(hidden, weight, batch.input_ids, batch.part > 0, bias=bias)
+        logp, _ = sequence_logprobs(hidden / 0.7, weight, batch.input_ids, batch.part > 0, bias=bias)
     torch.testing.assert_close(logp, batch.logprobs, atol=1e-4, rtol=0)
     for row, turn in enumerate(turns):
         prompt = len(encode(turn.prompt))
