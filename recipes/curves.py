@@ -1,7 +1,7 @@
 """Script: curves of online runs with 95% bands over seeds and episodes: <out>.json and <out>.svg.
 
     python recipes/curves.py --folder results/online/boil --arms glider awac ac --out results/o2o_boil
-    python recipes/curves.py --folder results/online/alfworld --arms hiper gae group --out results/hiper_alfworld
+    python recipes/curves.py --folder results/online/alfworld --arms hiper gae group --out results/hiper
 
 Reads <folder>/<arm>/seed*/evals.json, which train_o2o.py and train_hiper.py write.
 """

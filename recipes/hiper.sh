@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # HiPER beside flat PPO and GRPO on ALFWorld, from SFT on a tenth of the train games. Resumable: what is done is skipped.
 #   export ALFWORLD_DATA=~/.cache/alfworld
-#   recipes/hiper.sh "hiper gae group" "0 1 2"; then: python recipes/curves.py --folder results/online/alfworld --arms hiper gae group --out results/hiper_alfworld
+#   recipes/hiper.sh "hiper gae group" "0 1 2"; then: python recipes/curves.py --folder results/online/alfworld --arms hiper gae group --out results/hiper
 # shellcheck disable=SC2086
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -17,8 +17,7 @@ critic="--rl.temperature 0.2 --rl.critic-lr 1e-3" fast="--rl.temperature 0.1 --r
 
 [ "$base" = base ] || [ -f "$base/pretrain.json" ] || {
   $python collect.py --source explore --panel without --max-steps 40 --out out/o2o/explore.jsonl
-  $python base/pretrain.py --text out/o2o/explore.jsonl --out $base --tokens 14e6 --dropout 0 --threads "${THREADS:-2}"
-  $python base/pretrain.py --text out/o2o/explore.jsonl --out $base --tokens 18e6 --threads "${THREADS:-2}"
+  $python base/pretrain.py --text out/o2o/explore.jsonl --out $base --tokens 14e6 --threads "${THREADS:-2}"
 }
 start() { # folder, flags of SFT: to the checkpoint that goes online
   [ ! -f "$out/$1/orl/policy.json" ] || return 0
