@@ -26,7 +26,7 @@ from candidates import BestOfK
 from critic import load_critics
 from data import Episode, write_episodes
 from envs import EnvName, EnvPool, StepResult, read_panel
-from hierarchy import Counts, Ends, rollout
+from hierarchy import Counts, Ends, Guided, Player, rollout
 from model import file_hash, fingerprint, lm_of, load_backbone, load_policy
 from plan_execute import PlanExecute, TurnPlayer
 from run import fail, pick_device, provenance
@@ -52,6 +52,9 @@ class Config:
     ends: Ends = "claim"  # what ends a subtask; a flat policy has none
     max_actions: int = 0  # cap on the actions of one subtask (--ends cap: its length); 0 is the world's own
     temperature: float = 0.0  # 0 is greedy
+    guide: Literal["none", "planner", "executor"] = (
+        "none"  # an expert's gold path in place of this level: which one is the bottleneck?
+    )
     candidates: int = 1  # above 1: the greedy answer and others sampled compete, the highest Q(s,a) acts
     seed: int = 0  # of sampling and of the random agent
     slots: int = 40  # episodes played at once
@@ -73,12 +76,26 @@ def ends_of(config: Config, meta: dict) -> Ends:
     return "episode" if meta.get("flat") or meta.get("format") == "plan-execute" else config.ends
 
 
+def expert_episodes(config: Config, panel: list) -> list[Episode]:
+    """The annotated gold paths of the panel, in its order; for --guide."""
+    with EnvPool(config.env, config.slots, config.workers, 10**6) as pool:
+        stream = scripted.play_gold(pool, panel, config.env)
+        played = {(e.task, e.variation): annotate.annotate(e) for e in tqdm(stream, total=len(panel))}
+    return [played[episode] for episode in panel]
+
+
 def play(config: Config, panel: list, pool: EnvPool, counts: Counts) -> tuple[list[Episode], dict]:
     """The episodes of the panel in its order, and what is known of the agent."""
     meta, judge = {"stage": config.agent, "history": "progress"}, annotate.rules(config.env).judge
 
-    def turn_player(episode: Episode, first: StepResult, _: int) -> TurnPlayer:
-        return TurnPlayer(episode, first, config.seed, judge)
+    def make(episode: Episode, first: StepResult, place: int) -> Player:
+        if meta.get("format") == "plan-execute":
+            return TurnPlayer(episode, first, config.seed, judge)
+        cap = annotate.max_actions(config.env, config.max_actions)
+        usual = episode, first, meta["history"], cap, config.seed, judge, ends_of(config, meta)
+        return Guided(*usual, expert=experts[place], guide=config.guide) if experts else Player(*usual)
+
+    experts = expert_episodes(config, panel) if config.guide != "none" else []
 
     if config.agent == "random":
         stream = scripted.play_random(pool, panel, config.env, config.seed)
@@ -93,8 +110,7 @@ def play(config: Config, panel: list, pool: EnvPool, counts: Counts) -> tuple[li
         else:
             model, tokenizer = load_backbone(config.model, device)
             meta |= {"model": config.model, "base": fingerprint(model, tokenizer)}
-        as_turns = meta.get("format") == "plan-execute"
-        kind = PlanExecute if as_turns else Policy
+        kind = PlanExecute if meta.get("format") == "plan-execute" else Policy
         policy = kind(model.eval(), tokenizer, config.temperature)
         if config.candidates > 1:
             critics = load_critics(config.checkpoint / "critic.safetensors", lm_of(model).config.hidden_size)
@@ -103,7 +119,7 @@ def play(config: Config, panel: list, pool: EnvPool, counts: Counts) -> tuple[li
             pool, panel, policy, judge, env=config.env,
             history=meta["history"], ends=ends_of(config, meta),
             max_actions=annotate.max_actions(config.env, config.max_actions),
-            seed=config.seed, source=meta["stage"], counts=counts, make=turn_player if as_turns else None,
+            seed=config.seed, source=meta["stage"], counts=counts, make=make,
         )  # fmt: skip
     played = {(e.task, e.variation): e for e in tqdm(stream, total=len(panel), desc=config.name)}
     return [played[episode] for episode in panel], meta
@@ -117,6 +133,8 @@ def main(config: Config) -> dict:
         raise ValueError("a test split is reported once: say --reason '...'; choose on dev or valid_seen")
     if config.candidates > 1 and (config.agent != "policy" or config.temperature):
         raise ValueError("--candidates needs --agent policy, and --temperature 0: it samples at 1 by itself")
+    if config.guide != "none" and config.agent != "policy":
+        raise ValueError("--guide replaces one level of a policy: it needs --agent policy")
     panel = read_panel(config.env, config.panel, config.split, config.limit)
     counts, began = Counts(), time.time()
     with EnvPool(config.env, config.slots, config.workers, config.max_steps) as pool:

@@ -154,6 +154,33 @@ class Player:
         return replace(self.episode, final_obs=self.now.obs, score=self.now.score, success=self.now.success)
 
 
+class Guided(Player):
+    """A player with an expert in place of one level, to find out which level is the bottleneck.
+
+    guide="planner": its subtasks, each until the judge verifies it. guide="executor": its actions, wherever
+    the planner names one of its subtasks. Beyond the expert's annotated episode the policy answers.
+    """
+
+    def __init__(self, *args, expert: Episode, guide: Literal["planner", "executor"]):
+        super().__init__(*args)
+        self.guide, self.actions = guide, []
+        self.plan = [(s.subtask, [t.action for t in expert.turns[s.start : s.end]]) for s in expert.segments]
+
+    def receive(self, answer: Answer, counts: Counts) -> str | None:
+        """As Player, after the expert has had its say."""
+        if self.waits_for == "executor" and self.actions:
+            action = self.actions.pop(0)
+            answer = replace(answer, text=prompts.executor_answer(action, not self.actions))
+        elif self.waits_for == "planner" and self.guide == "planner":
+            if self.plan and self.episode.turns and self.episode.turns[-1].verified_done:
+                self.plan.pop(0)
+            answer = replace(answer, text=self.plan[0][0]) if self.plan else answer
+        elif self.waits_for == "planner":
+            named = [i for i, (subtask, _) in enumerate(self.plan) if subtask == answer.text.strip()]
+            self.actions = self.plan.pop(named[0])[1] if named else []
+        return super().receive(answer, counts)
+
+
 def rollout(
     pool: EnvPool,
     panel: list[tuple[str, int]],

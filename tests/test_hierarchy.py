@@ -7,9 +7,9 @@ from typing import get_args
 import pytest
 
 from completion import ended_by
-from data import Credit, read_episodes, transitions, write_episodes
+from data import Credit, Episode, Segment, Turn, read_episodes, transitions, write_episodes
 from envs import StepResult
-from hierarchy import MAX_NEW_TOKENS, Answer, Counts, Ends, episode_seed, rollout
+from hierarchy import MAX_NEW_TOKENS, Answer, Counts, Ends, Guided, episode_seed, rollout
 from prompts import compact
 
 
@@ -417,3 +417,39 @@ def test_results_do_not_depend_on_the_number_of_slots_whatever_ends_a_subtask(en
         return {(e.task, e.variation): dataclasses.replace(e, decisions=[]) for e in episodes}
 
     assert results(1) == results(3)
+
+
+# --- an expert in place of one level ------------------------------------------------------------------------
+EXPERT = Episode(
+    "fake", "boil", 0, "Do boil 0.",
+    [Turn("o", action, "", 0.0, False, False) for action in ("a1", "a2", "b1")],
+    [Segment("goal a", 0, 2, ""), Segment("goal b", 2, 3, "")],
+)  # fmt: skip
+
+
+def guided(guide, policy, judge=lambda subtask, obs: False, length=6):
+    def make(episode, first, place):
+        return Guided(episode, first, "progress", 2, 0, judge, "claim", expert=EXPERT, guide=guide)
+
+    (episode,) = play(policy, FakePool(1, length), make=make)
+    return episode
+
+
+def test_an_experts_subtask_stands_until_the_judge_verifies_it_then_comes_the_next_then_the_planners_own():
+    episode = guided("planner", Scripted(), judge=lambda subtask, obs: "number 4" in obs or "number 6" in obs)
+    assert [(s.subtask, s.start, s.end) for s in episode.segments] == [
+        ("goal a", 0, 2), ("goal a", 2, 4), ("goal b", 4, 6),
+    ]  # fmt: skip
+    more = guided("planner", Scripted(), judge=lambda subtask, obs: True, length=8)
+    assert [s.subtask for s in more.segments][:2] == ["goal a", "goal b"]
+    assert all(s.subtask.startswith("goal ") and s.subtask[-1] in "012" for s in more.segments[2:])
+
+
+def test_an_expert_acts_where_its_subtask_is_named_and_claims_at_its_end():
+    policy = Scripted(planner=[" goal x", " goal b", " goal a", " goal b"])
+    episode = guided("executor", policy)
+    assert [(s.subtask, s.start, s.end) for s in episode.segments] == [
+        ("goal x", 0, 2), ("goal b", 2, 3), ("goal a", 3, 5), ("goal b", 5, 6),
+    ]  # fmt: skip
+    assert [t.action for t in episode.turns] == ["go", "go", "b1", "a1", "a2", "go"]
+    assert [t.claimed_done for t in episode.turns] == [False, False, True, False, True, False]
