@@ -252,7 +252,7 @@ def start(tmp_path_factory) -> Path:
     play = {"env": "alfworld", "panel": "demo", "limit": 3, "workers": 0, **COMMON}
     collect.main(collect.Config(out=folder / "gold.jsonl", **play))
     sft = train_sft.Config(data=folder / "gold.jsonl", out=folder / "sft", plan_execute=True, **COMMON)
-    train_sft.main(replace(sft, epochs=4.0))
+    train_sft.main(replace(sft, epochs=12.0))
     return folder
 
 
