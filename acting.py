@@ -42,7 +42,7 @@ class Context:
     """B rows of tokens that a causal LM has read. `hidden` (B, D) is what its head reads after them."""
 
     def __init__(self, lm, rows: int, eos: int):
-        self.lm, self.trunk, self.eos = lm, getattr(lm, lm.base_model_prefix), eos
+        self.trunk, self.eos = getattr(lm, lm.base_model_prefix), eos
         self.weight, self.bias = head_weight(lm.get_output_embeddings(), lm.config)
         self.cache = DynamicCache(config=lm.config)
         self.mask = torch.zeros(rows, 0, dtype=torch.long, device=self.weight.device)  # (B, T), 0: padding
@@ -212,7 +212,7 @@ class Policy:
     def context(self, adapter: str, requests: list[Request], prompts: list[list[int]]) -> Context:
         """A context that has read the prompts; the instruction they begin with comes from the cache."""
         self.copies = self.copies or folded(self.model, self.precision)
-        lm, eos = self.copies.get(adapter) or lm_of(self.model), self.tokenizer.eos_token_id
+        lm, eos = self.copies[adapter], self.tokenizer.eos_token_id
         if is_separate(self.model):
             use_adapter(self.model, adapter)  # for a model that is not folded
         context = Context(lm, len(prompts), eos)

@@ -23,7 +23,7 @@ from acting import Policy
 from data import Episode, read_episodes, write_episodes
 from envs import EnvName, EnvPool, read_panel
 from hierarchy import Counts, Ends, episode_seed, rollout
-from model import file_hash, load_policy
+from model import file_hash, load_policy, refuse_format
 from run import fail, pick_device
 from teacher import ChatTeacher
 
@@ -93,6 +93,7 @@ def play(pool: EnvPool, panel: list, config: Config, repeat: int) -> Iterator[Ep
     if config.source == "explore":
         return scripted.play_explore(pool, panel, config.env, episode_seed(config.seed, repeat))
     model, tokenizer, meta = load_policy(config.checkpoint, pick_device(config.device))
+    refuse_format(config.checkpoint, meta, "roles")
     return rollout(
         pool, panel, Policy(model, tokenizer, config.temperature), judge_of(config), env=config.env,
         history=meta["history"], ends="episode" if meta.get("flat") else config.ends,

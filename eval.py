@@ -7,6 +7,7 @@ Nothing is selected on test: every evaluation of a test split is recorded in res
 reason.
 """
 
+import functools
 import json
 import time
 from dataclasses import dataclass
@@ -88,12 +89,11 @@ def play(config: Config, panel: list, pool: EnvPool, counts: Counts) -> tuple[li
     """The episodes of the panel in its order, and what is known of the agent."""
     meta, judge = {"stage": config.agent, "history": "progress"}, annotate.rules(config.env).judge
 
-    def make(episode: Episode, first: StepResult, place: int) -> Player:
+    def make(place: int, episode: Episode, first: StepResult, *usual) -> Player:
         if meta.get("format") == "plan-execute":
             return TurnPlayer(episode, first, config.seed, judge)
-        cap = annotate.max_actions(config.env, config.max_actions)
-        usual = episode, first, meta["history"], cap, config.seed, judge, ends_of(config, meta)
-        return Guided(*usual, expert=experts[place], guide=config.guide) if experts else Player(*usual)
+        kind = functools.partial(Guided, expert=experts[place], guide=config.guide) if experts else Player
+        return kind(episode, first, *usual)
 
     experts = expert_episodes(config, panel) if config.guide != "none" else []
 

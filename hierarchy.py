@@ -170,15 +170,20 @@ class Guided(Player):
         """As Player, after the expert has had its say."""
         if self.waits_for == "executor" and self.actions:
             action = self.actions.pop(0)
-            answer = replace(answer, text=prompts.executor_answer(action, not self.actions))
+            answer = _said(answer, prompts.executor_answer(action, not self.actions))
         elif self.waits_for == "planner" and self.guide == "planner":
             if self.plan and self.episode.turns and self.episode.turns[-1].verified_done:
                 self.plan.pop(0)
-            answer = replace(answer, text=self.plan[0][0]) if self.plan else answer
+            answer = _said(answer, self.plan[0][0]) if self.plan else answer
         elif self.waits_for == "planner":
             named = [i for i, (subtask, _) in enumerate(self.plan) if subtask == answer.text.strip()]
             self.actions = self.plan.pop(named[0])[1] if named else []
         return super().receive(answer, counts)
+
+
+def _said(answer: Answer, text: str) -> Answer:
+    """The expert's text in place of the policy's, without the tokens that the policy sampled."""
+    return replace(answer, text=text, ids=[], logprobs=[])
 
 
 def rollout(
@@ -194,7 +199,7 @@ def rollout(
     seed: int = 0,
     source: str = "policy",
     counts: Counts | None = None,
-    make: Callable[[Episode, StepResult, int], Player] | None = None,
+    make: Callable[..., Player] | None = None,
 ) -> Iterator[Episode]:
     """Plays every (task, variation) of `panel` once, yields episodes as they end; a free slot takes the next.
 
@@ -204,21 +209,18 @@ def rollout(
     judge(subtask, resulting obs) -> completed? fills verified_done; it ends the subtask with ends="judge".
     max_actions: cap on the actions of one subtask.
     seed: of the sampling; an episode's draws depend on (seed, task, variation, turn, role) alone.
-    make(episode, first, place in the panel): another player than Player; then `panel` may repeat an episode.
+    make(place in the panel, *what Player is made of): another player; then `panel` may repeat an episode.
     """
     counts = Counts() if counts is None else counts
     waiting, players = list(reversed(list(enumerate(panel)))), {}
-
-    def player(episode: Episode, first: StepResult, _: int) -> Player:
-        return Player(episode, first, history, max_actions, seed, judge, ends)
-
     while waiting or players:
         free = [slot for slot in range(pool.size) if slot not in players][: len(waiting)]
         starts = {slot: waiting.pop() for slot in free}
         for slot, first in pool.call({slot: ("reset", *starts[slot][1]) for slot in starts}).items():
             place, (task, variation) = starts[slot]
             episode = Episode(env, task, variation, first.description, source=source)
-            players[slot] = (make or player)(episode, first, place)
+            usual = episode, first, history, max_actions, seed, judge, ends
+            players[slot] = make(place, *usual) if make else Player(*usual)
         slots = sorted(players)
         answers = policy.answer([players[slot].request() for slot in slots])
         actions = {}

@@ -120,7 +120,8 @@ def traces(
     players: list[TurnPlayer], policy: PlanExecute, values: Values, config: HiperConfig
 ) -> list[Trace]:
     """The numbers of each episode; values read the hidden states that acting left, and those at a limit."""
-    cut = [p for p in players if not p.now.terminated]
+    reads_limit = config.limit == "bootstrap" and config.advantage != "group"
+    cut = [p for p in players if reads_limit and not p.now.terminated]
     after = dict(zip(map(id, cut), policy.look([p.request() for p in cut]) if cut else [], strict=True))
     device, found = next(values.parameters()).device, []
 
@@ -128,7 +129,7 @@ def traces(
         return {name: v.cpu() for name, v in values(hidden.to(device)).items()}
 
     for p in players:
-        last = after.get(id(p), torch.zeros_like(p.turns[0].hidden))  # not read where the world ended
+        last = after.get(id(p), torch.zeros_like(p.turns[0].hidden))  # not read where nothing follows
         v = read(torch.stack([*(turn.hidden for turn in p.turns), last]))
         other = [t for t, turn in enumerate(p.turns) if turn.switched and t]
         if config.switch_term == "paper" and config.advantage == "hiper" and other:
@@ -223,14 +224,11 @@ def improve(
         for group in by_length(batch, encode, max_tokens):
             part = collate([batch[i] for i in group], encode, advantage[rows[group]]).to(device)
             decided = part.part > 0
-            new, old, A = (
-                logp(policy, part.input_ids, decided),
-                part.logprobs[decided],
-                part.advantage[decided],
-            )
+            old, better = part.logprobs[decided], part.advantage[decided]
+            new = logp(policy, part.input_ids, decided)
             with torch.no_grad():
                 near = logp(reference, part.input_ids, decided)
-            loss, kl = clipped_loss(new, old, A, config.clip, count), k3(new, near).sum() / count
+            loss, kl = clipped_loss(new, old, better, config.clip, count), k3(new, near).sum() / count
             (loss + config.kl * kl).backward()
             sums["loss"] += loss.item()
             sums["kl"] += kl.item()
@@ -242,7 +240,7 @@ def improve(
 
 
 def behaviour(players: list[TurnPlayer]) -> dict[str, float]:
-    """How the agent played; a collapse shows here first (diagnostics.ALARMS)."""
+    """How the agent played; a collapse shows here first (diagnostics.PLAY_ALARMS)."""
     turns, later = ([turn for p in players for turn in p.turns[first:]] for first in (0, 1))
     decided = [x for turn in turns for x, k in zip(turn.logprobs, turn.part, strict=True) if k]
     understood = [not obs.startswith(NOT_UNDERSTOOD) for p in players for obs in p.answers()]

@@ -77,6 +77,17 @@ def refuse_checkpointing(adapters: str) -> None:
         raise ValueError("--gradient-checkpointing needs one adapter for all roles: use --adapters shared")
 
 
+def refuse_format(folder: Path, meta: dict, needed: str) -> None:
+    """ValueError where the checkpoint speaks another format: it would answer prompts it never learned."""
+    if (found := meta.get("format", "roles")) != needed:
+        how = (
+            "train_sft.py --plan-execute"
+            if needed == "plan-execute"
+            else "train_sft.py; train_hiper.py goes on"
+        )
+        raise ValueError(f"{folder} speaks {found!r}, expected {needed!r}: train it with {how}")
+
+
 def add_lora(
     lm,
     rank: int = 16,

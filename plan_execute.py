@@ -75,14 +75,14 @@ def expert_turns(episode: Episode, tokenizer) -> Iterator[Decided]:
                 closed, start = [*closed, goal] if goal else [], t
             words = {SWITCH: SWITCH_WORD if switched else KEEP_WORD, GOAL: f" {segment.subtask}"}
             words[ACTION] = f" {turn.action}"
-            turns = Decided(prompt, [], [], [], switched, segment.subtask, turn.action, True)
+            decided = Decided(prompt, [], [], [], switched, segment.subtask, turn.action, True)
             for part, cue in ((SWITCH, ""), (GOAL, GOAL_CUE), (ACTION, ACTION_CUE)):
                 inserted = part == GOAL and not switched or part == SWITCH and not goal
-                _append(turns, INSERTED, [(token, 0.0) for token in text_ids(tokenizer, cue)])
+                _append(decided, INSERTED, [(token, 0.0) for token in text_ids(tokenizer, cue)])
                 ids = [*text_ids(tokenizer, words[part]), eos]
-                _append(turns, INSERTED if inserted else part, [(token, 0.0) for token in ids])
+                _append(decided, INSERTED if inserted else part, [(token, 0.0) for token in ids])
             goal = segment.subtask
-            yield turns
+            yield decided
 
 
 def _append(turn: Decided, part: int, tokens: list[tuple[int, float]]) -> None:

@@ -26,7 +26,7 @@ from diagnostics import Watch
 from envs import EnvName, EnvPool, StepResult, read_panel
 from hierarchy import Counts, episode_seed, rollout
 from hiper import HiperConfig, advantages, behaviour, fit, improve, traces
-from model import hidden_states, lm_of, load_policy, save_policy, trainable_state
+from model import hidden_states, lm_of, load_policy, refuse_format, save_policy, trainable_state
 from plan_execute import PlanExecute, TurnPlayer
 from run import Run, fail, pick_device, provenance
 from scores import macro_mean
@@ -67,7 +67,7 @@ def play(
     """The players of all episodes of `panel`, which may repeat a game, in its order."""
     players, judge = {}, annotate.rules(config.env).judge
 
-    def make(episode: Episode, first: StepResult, place: int) -> TurnPlayer:
+    def make(place: int, episode: Episode, first: StepResult, *_) -> TurnPlayer:
         players[place] = TurnPlayer(episode, first, episode_seed(seed, place), judge, give_up)
         return players[place]
 
@@ -80,8 +80,7 @@ def main(config: Config) -> None:
     torch.set_num_threads(config.threads or torch.get_num_threads())
     device = pick_device(config.device)
     policy, tokenizer, meta = load_policy(config.init, device, True)
-    if meta.get("format") != "plan-execute":
-        raise ValueError(f"{config.init} has another format: train it with train_sft.py --plan-execute")
+    refuse_format(config.init, meta, "plan-execute")
     if config.per_iteration % config.group:
         raise ValueError(f"--per-iteration is no multiple of --group {config.group}: {config.per_iteration}")
     reference, _, _ = load_policy(config.init, device)

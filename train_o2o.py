@@ -39,6 +39,7 @@ from model import (
     is_separate,
     lm_of,
     load_policy,
+    refuse_format,
     save_policy,
     trainable_state,
 )
@@ -139,6 +140,7 @@ def main(config: Config) -> None:
     torch.set_num_threads(config.threads or torch.get_num_threads())
     device = pick_device(config.device)
     policy, tokenizer, meta = load_policy(config.init, device, True)
+    refuse_format(config.init, meta, "roles")
     offline = [e for path in config.offline for e in read_episodes(path)]
     decisions = decisions_of(offline, meta, config)
     experts = [t for t in decisions if t.source == "expert" and t.level == "executor"]

@@ -24,7 +24,7 @@ from data import Credit, Transition, read_episodes, set_returns, transitions
 from diagnostics import Watch
 from hierarchy import MAX_NEW_TOKENS, episode_seed
 from learner import Learner
-from model import hidden_states, lm_of, load_policy, save_policy, trainable_state
+from model import hidden_states, lm_of, load_policy, refuse_format, save_policy, trainable_state
 from readings import PRESETS, RLConfig
 from run import Run, fail, gather, own_share, pick_device
 
@@ -99,6 +99,7 @@ def main(config: Config) -> None:
     torch.set_num_threads(config.threads or torch.get_num_threads())
     device = pick_device(config.device)
     policy, tokenizer, meta = load_policy(config.init, device, True, config.gradient_checkpointing)
+    refuse_format(config.init, meta, "roles")
     pools = {name: load_decisions(getattr(config, name), meta, config) for name in ("expert", "rollouts")}
     shares = {"expert": config.expert_share, "rollouts": config.rollout_share}
     sampler = Mixture(pools, {name: share for name, share in shares.items() if share > 0}, config.seed)

@@ -96,6 +96,8 @@ def main(config: Config) -> None:
     torch.set_num_threads(config.threads or torch.get_num_threads())
     if config.gradient_checkpointing:
         refuse_checkpointing(config.adapters)
+    if config.plan_execute and (config.adapters != "shared" or config.flat or config.history != "progress"):
+        raise ValueError("--plan-execute is one policy: leave out --adapters separate, --flat and --history")
     device = pick_device(config.device)
     lm, tokenizer = load_backbone(config.model, device, config.gradient_checkpointing)
     if config.rank == 0:

@@ -428,10 +428,10 @@ EXPERT = Episode(
 
 
 def guided(guide, policy, judge=lambda subtask, obs: False, length=6):
-    def make(episode, first, place):
-        return Guided(episode, first, "progress", 2, 0, judge, "claim", expert=EXPERT, guide=guide)
+    def make(place, *usual):
+        return Guided(*usual, expert=EXPERT, guide=guide)
 
-    (episode,) = play(policy, FakePool(1, length), make=make)
+    (episode,) = play(policy, FakePool(1, length), judge=judge, max_actions=2, make=make)
     return episode
 
 
@@ -453,3 +453,5 @@ def test_an_expert_acts_where_its_subtask_is_named_and_claims_at_its_end():
     ]  # fmt: skip
     assert [t.action for t in episode.turns] == ["go", "go", "b1", "a1", "a2", "go"]
     assert [t.claimed_done for t in episode.turns] == [False, False, True, False, True, False]
+    sampled = [bool(d.ids) for d in episode.decisions if d.level == "executor"]
+    assert sampled == [True, True, False, False, False, True], "an expert's words carry no sampled tokens"

@@ -15,6 +15,7 @@ from test_model import load, make_backbone
 import collect
 import eval as evaluation
 import train_hiper
+import train_orl
 import train_sft
 from critic import Values, gae
 from diagnostics import alarms
@@ -372,3 +373,15 @@ def test_penalties_and_traces_by_hand(start):
         kept = [t for t, turn in enumerate(p.turns) if not turn.switched]
         assert torch.equal(f.v_keep[kept], f.v_low[kept])
     assert behaviour(players)["play/turns"] == sum(len(p.turns) for p in players) / 2
+
+
+def test_a_plan_execute_policy_is_no_start_for_scripts_of_the_three_roles(start):
+    episodes = {"expert": start / "gold.jsonl", "rollouts": start / "gold.jsonl"}
+    with pytest.raises(ValueError, match="speaks 'plan-execute', expected 'roles'"):
+        train_orl.main(train_orl.Config(init=start / "sft", out=start / "orl", **episodes, **COMMON))
+    with pytest.raises(ValueError, match="--plan-execute is one policy"):
+        train_sft.main(
+            train_sft.Config(
+                data=start / "gold.jsonl", out=start / "no", plan_execute=True, adapters="separate", **COMMON
+            )
+        )
