@@ -10,7 +10,7 @@ import math
 import os
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -147,16 +147,18 @@ Completion = Literal["judge", "claim", "segment"]
 # What the action before it earned (STEP-HRL's code); or, for the text that is handed over, the planner's
 # value of the state it leads to, and nothing on the way there.
 ProgressReward = Literal["action", "planner"]
+Limit = Literal["bootstrap", "end"]
 
 
 @dataclass(frozen=True)
 class Credit:
-    """How the executor and the progress policy are rewarded; the papers leave it open."""
+    """How executor and progress policy are rewarded, and what a step limit is; the papers leave it open."""
 
     completion: Completion = "judge"  # by the judge's verdict, the executor's claim, or its segment's end
     noise: float = 0.0  # probability with which that word is turned round; the draw depends on the turn alone
     invalid_penalty: float = 1.0  # cost of an action the world does not understand (STEP-HRL; GLIDER 0)
     progress: ProgressReward = "action"  # pay of progress: as the action before, or the planner's value
+    limit: Limit = "bootstrap"  # what a step limit is; end: a failure, as if the world had ended
 
     def __post_init__(self):
         if not 0 <= self.noise <= 1:
@@ -208,6 +210,9 @@ def transitions(
         raise ValueError(
             f"{episode.id} has no subtasks: annotate it first (`python collect.py --source gold` does)"
         )
+    if credit.limit == "end":  # a truncated turn bootstraps, which never punishes a loop: V lives on itself
+        over = [replace(t, terminated=t.terminated or t.truncated, truncated=False) for t in episode.turns]
+        episode = replace(episode, turns=over)
     sampled = {(d.level, d.turn): d for d in episode.decisions}
     result = []
 

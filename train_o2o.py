@@ -72,7 +72,8 @@ class Config:
     batch_size: int = 64  # decisions per step
     tokens_per_forward: int = 4096  # padded tokens of a micro-batch
     precision: Literal["bf16", "fp32"] = "bf16"  # of matrix products, in play too; weights stay fp32 on CPU
-    temperature: float = 1.0  # of the executor; planner and progress sample at 0.7 of it
+    temperature: float = 1.0  # of the executor
+    planning_ratio: float = 0.7  # planner and progress sample at so much of it
     max_steps: int = 50  # environment steps per episode
     ends: Ends = "claim"  # what ends a subtask in play
     max_actions: int = 0  # cap on the actions of one subtask; 0 is the world's own
@@ -172,7 +173,7 @@ def main(config: Config) -> None:
 
         def play(episodes: list, temperature: float, seed: int) -> list[Episode]:
             policy.eval()
-            player = Policy(policy, tokenizer, temperature, precision=config.precision)
+            player = Policy(policy, tokenizer, temperature, config.planning_ratio, config.precision)
             stream = rollout(
                 pool, episodes, player, annotate.rules(config.env).judge, env=config.env,
                 history=meta["history"], ends="episode" if meta.get("flat") else config.ends,

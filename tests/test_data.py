@@ -399,6 +399,18 @@ def test_noise_outside_of_0_to_1_is_refused_with_an_example(noise):
         Credit(noise=noise)
 
 
+# --- credit: what a step limit is ---------------------------------------------------------------------------
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("progress", ["action", "planner"])
+def test_a_limit_that_ends_is_as_if_the_world_had_ended(progress, flat):
+    turns, segments = [{"reward": 0.1}, VERIFIED, {"reward": 0.2}], ((0, 4),) if flat else ((0, 2), (2, 4))
+    cut, ended = (make_episode([*turns, {word: True}], segments) for word in ("truncated", "terminated"))
+    as_usual, fatal = Credit(progress=progress), Credit(progress=progress, limit="end")
+    assert transitions(cut, credit=fatal, flat=flat) == transitions(ended, credit=as_usual, flat=flat)
+    assert transitions(cut, credit=fatal, flat=flat) != transitions(cut, credit=as_usual, flat=flat)
+    assert cut.turns[-1].truncated and not cut.turns[-1].terminated, "the episode stays as it is"
+
+
 # --- credit: what earns the progress policy -----------------------------------------------------------------
 BY_PLANNER = Credit(progress="planner")
 

@@ -101,6 +101,21 @@ def test_it_plays_its_budget_evaluates_at_the_start_and_the_end_and_keeps_what_i
     assert {e.source for e in episodes} == {f"o2o-{r}" for r in range(len(episodes) // 2)}
 
 
+def test_the_executor_plays_at_the_temperature_the_planner_at_its_ratio_and_an_evaluation_is_greedy(
+    start, monkeypatch
+):
+    heats = []
+
+    class Spy(train_o2o.Policy):
+        def answer(self, requests):
+            heats.append((self.temperature["executor"], self.temperature["planner"]))
+            return super().answer(requests)
+
+    monkeypatch.setattr(train_o2o, "Policy", Spy)
+    train_o2o.main(config(start, "heat", env_steps=6, max_steps=2, temperature=0.5, planning_ratio=1.5))
+    assert set(heats) == {(0.5, 0.75), (0.0, 0.0)}
+
+
 def test_a_stopped_run_goes_on_to_the_same_policy(start, frozen, monkeypatch):
     whole, rounds = config(start, "stopped"), []
 
