@@ -52,7 +52,10 @@ def episode_seed(seed: int, *parts) -> int:
 
 
 class Player:
-    """One running episode, and which of pi^h, pi^l, pi^p (STEP-HRL sec. 3) or the world it waits for."""
+    """One running episode, and which of pi^h, pi^l, pi^p (STEP-HRL sec. 3) or the world it waits for.
+
+    give_up: the episode is cut off, as at the step limit, once a subtask was given so many times; 0: never.
+    """
 
     def __init__(
         self,
@@ -63,15 +66,10 @@ class Player:
         seed: int,
         judge: Callable,
         ends: Ends,
+        give_up: int = 0,
     ):
-        self.episode, self.history, self.max_actions, self.seed, self.judge, self.ends = (
-            episode,
-            history,
-            max_actions,
-            seed,
-            judge,
-            ends,
-        )
+        self.episode, self.history, self.max_actions, self.seed = episode, history, max_actions, seed
+        self.judge, self.ends, self.give_up = judge, ends, give_up
         self.now, self.waits_for = first, "executor" if ends == "episode" else "planner"
         self.subtask = prompts.compact(episode.description) if ends == "episode" else ""
         self.progress, self.start = prompts.NO_PROGRESS, 0
@@ -137,9 +135,10 @@ class Player:
         over = self.now.terminated or self.now.truncated
         word = {"claim": last.claimed_done, "judge": last.verified_done}.get(self.ends, False)
         if over or word or (length >= self.max_actions and self.ends != "episode"):
-            self.episode.segments.append(
-                Segment(self.subtask, self.start, len(self.episode.turns), self.progress)
-            )
+            segments = self.episode.segments
+            segments.append(Segment(self.subtask, self.start, len(self.episode.turns), self.progress))
+            if not over and 0 < self.give_up <= sum(s.subtask == self.subtask for s in segments):
+                over = last.truncated = True
             self.waits_for = "nothing" if over else "planner"
         else:
             self.waits_for = "executor"

@@ -29,7 +29,7 @@ from critic import load_critics, save_critics
 from data import Credit, Episode, Transition, read_episodes, set_returns, transitions, write_episodes
 from diagnostics import Watch
 from envs import EnvName, EnvPool, read_panel
-from hierarchy import Ends, episode_seed, rollout
+from hierarchy import Ends, Player, episode_seed, rollout
 from learner import Learner
 from logprob import head_weight, sequence_logprobs
 from model import (
@@ -77,6 +77,7 @@ class Config:
     max_steps: int = 50  # environment steps per episode
     ends: Ends = "claim"  # what ends a subtask in play
     max_actions: int = 0  # cap on the actions of one subtask; 0 is the world's own
+    give_up: int = 0  # times the same subtask is given before an episode of training is cut off; 0: never
     eval_every: int = 2000  # environment steps between evaluations
     slots: int = 32  # episodes played at once
     workers: int = 2  # simulator processes
@@ -171,14 +172,14 @@ def main(config: Config) -> None:
 
     with EnvPool(config.env, config.slots, config.workers, config.max_steps) as pool:
 
-        def play(episodes: list, temperature: float, seed: int) -> list[Episode]:
+        def play(episodes: list, temperature: float, seed: int, give_up: int = 0) -> list[Episode]:
             policy.eval()
             player = Policy(policy, tokenizer, temperature, config.planning_ratio, config.precision)
             stream = rollout(
                 pool, episodes, player, annotate.rules(config.env).judge, env=config.env,
                 history=meta["history"], ends="episode" if meta.get("flat") else config.ends,
                 max_actions=annotate.max_actions(config.env, config.max_actions), seed=seed,
-                source=f"o2o-{round_}",
+                source=f"o2o-{round_}", make=lambda _, *usual: Player(*usual, give_up=give_up),
             )  # fmt: skip
             found = {(e.task, e.variation): e for e in stream}
             policy.train()
@@ -206,6 +207,7 @@ def main(config: Config) -> None:
                     rng.sample(panel, per_round),
                     config.temperature,
                     episode_seed(config.seed, round_),
+                    config.give_up,
                 )
                 write_episodes(played_file, fresh, append=True)
                 played, before, round_ = played + fresh, steps, round_ + 1

@@ -5,7 +5,7 @@
 # shellcheck disable=SC2086
 set -euo pipefail
 cd "$(dirname "$0")/.."
-arms=${1:-"hiper gae group"} seeds=${2:-"0 1 2"} flags=${3:---rl.limit end --rl.invalid-penalty 0.1 --rl.lr 1e-3 --rl.batch-size 64}
+arms=${1:-"hiper gae group"} seeds=${2:-"0 1 2"} flags=${3:---rl.limit end --rl.lr 3e-4 --rl.batch-size 256 --rl.turns 4096}
 out=out/hiper python=.venv/bin/python threads="--threads ${THREADS:-2}"
 resume() { if [ -f "$1/config.json" ]; then echo --resume; fi; }
 

@@ -9,7 +9,7 @@ import pytest
 from completion import ended_by
 from data import Credit, Episode, Segment, Turn, read_episodes, transitions, write_episodes
 from envs import StepResult
-from hierarchy import MAX_NEW_TOKENS, Answer, Counts, Ends, Guided, episode_seed, rollout
+from hierarchy import MAX_NEW_TOKENS, Answer, Counts, Ends, Guided, Player, episode_seed, rollout
 from prompts import compact
 
 
@@ -417,6 +417,20 @@ def test_results_do_not_depend_on_the_number_of_slots_whatever_ends_a_subtask(en
         return {(e.task, e.variation): dataclasses.replace(e, decisions=[]) for e in episodes}
 
     assert results(1) == results(3)
+
+
+# --- giving up ----------------------------------------------------------------------------------------------
+def test_an_episode_is_cut_off_when_a_subtask_was_given_so_many_times():
+    def give_up(times):
+        policy = Scripted(planner=[" a", " b", " a", " a", " b"])
+        make = lambda _, *usual: Player(*usual, give_up=times)  # noqa: E731
+        (episode,) = play(policy, FakePool(1, 6), ends="cap", max_actions=1, make=make)
+        return [s.subtask for s in episode.segments], [t.truncated for t in episode.turns]
+
+    assert give_up(0) == (["a", "b", "a", "a", "b", "b"], [False] * 6)
+    assert give_up(3) == (["a", "b", "a", "a"], [False, False, False, True])
+    assert give_up(2) == (["a", "b", "a"], [False, False, True])
+    assert give_up(1) == (["a"], [True])
 
 
 # --- an expert in place of one level ------------------------------------------------------------------------
