@@ -13,7 +13,10 @@ out=out/o2o/$type base=out/o2o/base python=.venv/bin/python threads="--threads $
 declare -A epochs=([find-animal]=1.5 [boil]=3 [test-conductivity]=4 [heat]=5)
 [ "$type" != heat ] || { base=base env="--env alfworld --workers 0"; }
 resume() { if [ -f "$1/config.json" ]; then echo --resume; fi; }
-critic="--rl.temperature 0.2 --rl.critic-lr 1e-3" fast="--rl.temperature 0.1 --rl.critic-lr 1e-3 --rl.actor-lr 3e-4 --batch-size 32 --online-share 2"
+# Why these flags: docs/log.md.
+critic="--credit.limit end --rl.expectile 0.5 --rl.gamma 0.95 --rl.critic-lr 1e-3"
+update="$critic --rl.temperature 0.05 --rl.actor-lr 5e-4 --batch-size 32 --online-share 2"
+planner="--temperature 0.7 --planning-ratio 1.5 --give-up 6"
 
 [ "$base" = base ] || [ -f "$base/pretrain.json" ] || {
   $python collect.py --source explore --panel without --max-steps 40 --out out/o2o/explore.jsonl
@@ -26,23 +29,23 @@ start() { # folder, flags of SFT: to the checkpoint that goes online
     --epochs "${epochs[$type]}" $threads $2 $(resume "$out/$1/sft")
   $python collect.py --source policy $env --panel "$type-family" --limit 15 --checkpoint "$out/$1/sft" --out "$out/$1/rollouts.jsonl" $threads
   $python train_orl.py --init "$out/$1/sft" --expert "$out/gold.jsonl" \
-    --rollouts "$out/$1/rollouts.jsonl" --out "$out/$1/orl" --steps 150 --warmup-steps 80 $critic $threads $(resume "$out/$1/orl")
+    --rollouts "$out/$1/rollouts.jsonl" --out "$out/$1/orl" --steps 150 --warmup-steps 80 $critic --rl.temperature 0.2 $threads $(resume "$out/$1/orl")
 }
 online() { # folder to start from, name, seed, flags of train_o2o.py, of SFT
   local kept=results/online/$type/$2/seed$3
   [ ! -f "$kept/evals.json" ] || return 0
   start "$1" "$5"
   [ -f "$out/$2/seed$3/policy.json" ] || $python train_o2o.py --init "$out/$1/orl" --offline "$out/gold.jsonl" "$out/$1/rollouts.jsonl" \
-    --out "$out/$2/seed$3" $env --panel "$type" --dev-limit 0 --eval-every 2500 --seed "$3" $fast $online $threads $4 $(resume "$out/$2/seed$3")
+    --out "$out/$2/seed$3" $env --panel "$type" --dev-limit 25 --eval-every 2500 --seed "$3" $update $online $threads $4 $(resume "$out/$2/seed$3")
   mkdir -p "$kept" && cp "$out/$2/seed$3/evals.json" "$kept/"
 }
 for seed in $seeds; do
   for arm in $arms; do
     case $arm in
-      glider) online planner glider "$seed" "" "" ;;
-      replay | nothing) online planner "$arm" "$seed" "--frozen $arm" "" ;;
-      awac) online flat awac "$seed" "--frozen nothing --rl.expectile 0.5" --flat ;;
-      ac) online flat ac "$seed" "--frozen nothing --rl.expectile 0.5 --rl.actor signed_advantage --offline-share 0" --flat ;;
+      glider) online planner glider "$seed" "$planner" "" ;;
+      replay | nothing) online planner "$arm" "$seed" "$planner --frozen $arm" "" ;;
+      awac) online flat awac "$seed" "--frozen nothing" --flat ;;
+      ac) online flat ac "$seed" "--frozen nothing --rl.actor signed_advantage --offline-share 0" --flat ;;
     esac
   done
 done
