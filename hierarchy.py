@@ -8,6 +8,7 @@ What this file does not do: train, or judge completion (completion.py).
 """
 
 import hashlib
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
@@ -180,8 +181,32 @@ class Guided(Player):
         return super().receive(answer, counts)
 
 
+class Curious(Player):
+    """A player whose planner, with probability epsilon, begins with another word; the policy says the rest.
+
+    words: the first words of subtasks, e.g. ["get", "go"]. Epsilon-greedy over kinds of subtasks: a policy
+    fresh from imitation gives most of them no probability, and what is never tried is never learned.
+    """
+
+    def __init__(self, *args, epsilon: float, words: list[str], **fields):
+        super().__init__(*args, **fields)
+        self.epsilon, self.words, self.first = epsilon, words, ""
+
+    def request(self) -> Request:
+        """As Player; the first word stands at the end of the prompt."""
+        request, self.first = super().request(), ""
+        rng = random.Random(request.seed)
+        if request.role == "planner" and rng.random() < self.epsilon:
+            self.first = " " + rng.choice(self.words)
+        return replace(request, prompt=request.prompt + self.first)
+
+    def receive(self, answer: Answer, counts: Counts) -> str | None:
+        """As Player; the first word belongs to the answer."""
+        return super().receive(_said(answer, self.first + answer.text) if self.first else answer, counts)
+
+
 def _said(answer: Answer, text: str) -> Answer:
-    """The expert's text in place of the policy's, without the tokens that the policy sampled."""
+    """Another text in place of the policy's, without the tokens that the policy sampled."""
     return replace(answer, text=text, ids=[], logprobs=[])
 
 

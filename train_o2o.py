@@ -29,7 +29,7 @@ from critic import load_critics, save_critics
 from data import Credit, Episode, Transition, read_episodes, set_returns, transitions, write_episodes
 from diagnostics import Watch
 from envs import EnvName, EnvPool, read_panel
-from hierarchy import Ends, Player, episode_seed, rollout
+from hierarchy import Curious, Ends, episode_seed, rollout
 from learner import Learner
 from logprob import head_weight, sequence_logprobs
 from model import (
@@ -77,6 +77,7 @@ class Config:
     max_steps: int = 50  # environment steps per episode
     ends: Ends = "claim"  # what ends a subtask in play
     max_actions: int = 0  # cap on the actions of one subtask; 0 is the world's own
+    explore: float = 0.0  # probability that the planner begins with another first word of the offline plans
     give_up: int = 0  # times the same subtask is given before an episode of training is cut off; 0: never
     eval_every: int = 2000  # environment steps between evaluations
     slots: int = 32  # episodes played at once
@@ -146,6 +147,8 @@ def main(config: Config) -> None:
     offline = [e for path in config.offline for e in read_episodes(path)]
     decisions = decisions_of(offline, meta, config)
     experts = [t for t in decisions if t.source == "expert" and t.level == "executor"]
+    plans = [t.completion.split() for t in decisions if t.source == "expert" and t.level == "planner"]
+    words = sorted({plan[0] for plan in plans})
     held = random.Random(0).sample(experts, min(256, len(experts)))
     panel = read_panel(config.env, config.panel, "train", config.limit)
     dev = read_panel(config.env, config.panel, config.dev, config.dev_limit) if config.dev else []
@@ -172,14 +175,15 @@ def main(config: Config) -> None:
 
     with EnvPool(config.env, config.slots, config.workers, config.max_steps) as pool:
 
-        def play(episodes: list, temperature: float, seed: int, give_up: int = 0) -> list[Episode]:
+        def play(episodes: list, temperature: float, seed: int, epsilon=0.0, give_up=0) -> list[Episode]:
             policy.eval()
             player = Policy(policy, tokenizer, temperature, config.planning_ratio, config.precision)
             stream = rollout(
                 pool, episodes, player, annotate.rules(config.env).judge, env=config.env,
                 history=meta["history"], ends="episode" if meta.get("flat") else config.ends,
                 max_actions=annotate.max_actions(config.env, config.max_actions), seed=seed,
-                source=f"o2o-{round_}", make=lambda _, *usual: Player(*usual, give_up=give_up),
+                source=f"o2o-{round_}",
+                make=lambda _, *usual: Curious(*usual, give_up=give_up, epsilon=epsilon, words=words),
             )  # fmt: skip
             found = {(e.task, e.variation): e for e in stream}
             policy.train()
@@ -207,6 +211,7 @@ def main(config: Config) -> None:
                     rng.sample(panel, per_round),
                     config.temperature,
                     episode_seed(config.seed, round_),
+                    config.explore,
                     config.give_up,
                 )
                 write_episodes(played_file, fresh, append=True)

@@ -47,7 +47,11 @@ def test_training_episodes_are_an_axis_too_and_missing_runs_are_one_line(tmp_pat
 def test_the_flags_of_the_recipes_are_those_of_the_scripts(script, module):
     """Every flag of RL that a recipe sets, as one command."""
     text = (ROOT / "recipes" / script).read_text()
-    flags = set(re.findall(r"--(?:(?:rl|credit)\.[\w-]+|frozen|give-up|planning-ratio|(?:off|on)line-share) [\w.-]+", text))
+    flags = set(
+        re.findall(
+            r"--(?:(?:rl|credit)\.[\w-]+|frozen|give-up|planning-ratio|(?:off|on)line-share) [\w.-]+", text
+        )
+    )
     given = [word for flag in flags for word in flag.split()]
     required = ["--init", "x", "--out", "x"] + (["--offline", "x"] if module is train_o2o else [])
     assert flags and tyro.cli(module.Config, args=[*required, *given])

@@ -9,7 +9,7 @@ import pytest
 from completion import ended_by
 from data import Credit, Episode, Segment, Turn, read_episodes, transitions, write_episodes
 from envs import StepResult
-from hierarchy import MAX_NEW_TOKENS, Answer, Counts, Ends, Guided, Player, episode_seed, rollout
+from hierarchy import MAX_NEW_TOKENS, Answer, Counts, Curious, Ends, Guided, Player, episode_seed, rollout
 from prompts import compact
 
 
@@ -417,6 +417,23 @@ def test_results_do_not_depend_on_the_number_of_slots_whatever_ends_a_subtask(en
         return {(e.task, e.variation): dataclasses.replace(e, decisions=[]) for e in episodes}
 
     assert results(1) == results(3)
+
+
+# --- exploring ----------------------------------------------------------------------------------------------
+def test_a_curious_planner_begins_with_another_word_and_the_policy_says_the_rest():
+    def curious(epsilon):
+        policy = Scripted(planner=lambda r: " the pot" if r.prompt.endswith((" get", " go")) else " goal")
+        make = lambda _, *usual: Curious(*usual, epsilon=epsilon, words=["get", "go"])  # noqa: E731
+        (episode,) = play(policy, FakePool(1, 60), ends="cap", max_actions=1, make=make)
+        texts = [s.subtask for s in episode.segments]
+        sampled = [bool(d.ids) for d in episode.decisions if d.level == "planner"]
+        assert sampled == [text == "goal" for text in texts], "what was put in its mouth is no sample"
+        return texts
+
+    assert set(curious(0.0)) == {"goal"}
+    assert set(curious(1.0)) == {"get the pot", "go the pot"}
+    assert 5 < sum(text != "goal" for text in curious(0.3)) < 35  # of 60
+    assert curious(0.3) == curious(0.3), "it is drawn from the request's seed"
 
 
 # --- giving up ----------------------------------------------------------------------------------------------
