@@ -35,7 +35,7 @@ class HiperConfig:
     kl: float = 0.01  # weight of the k3 estimate of KL(pi || pi_init)
     turns: int = 1024  # of an iteration that the policy is trained on, drawn at random; the values see all
     batch_size: int = 128  # turns per gradient step
-    lr: float = 1e-4  # AdamW step size of the policy
+    lr: float = 1e-4  # AdamW step size of the policy; falls linearly to 0 over a run (released: constant)
     value_lr: float = 1e-3  # AdamW step size of the values
     value_epochs: int = 4  # passes of the values over an iteration's turns
     clip_norm: float = 1.0  # ceiling of the gradient norm

@@ -129,6 +129,7 @@ def main(config: Config) -> None:
                 found = traces(players, player, values, config.rl)
                 advantage, targets = advantages(players, found, config.rl)
                 metrics = behaviour(players) | fit(values, critic, turns, targets, config.rl, rng)
+                actor.param_groups[0]["lr"] = config.rl.lr * (1 - played / config.episodes)
                 if iteration >= config.warmup or config.rl.advantage == "group":
                     metrics |= improve(
                         policy.train(), reference, hidden_fn, actor, turns, advantage, player.encode,
