@@ -2,7 +2,7 @@
 # Offline to online on a task type that nothing has seen before: not the base, not SFT, not offline RL (GLIDER, section 4.4).
 #   recipes/o2o.sh find-animal "0 1 2" "glider awac ac"     # or boil, test-conductivity; then
 #   python recipes/curves.py --folder results/online/find-animal --arms glider awac ac --out results/o2o_find-animal
-# glider: only the planner learns online. replay, nothing: what is frozen instead (train_o2o.py --frozen). awac, ac: flat agents.
+# glider: only the planner learns online. oracle: no learning, an expert at one level. replay, nothing: what is frozen instead (train_o2o.py --frozen). awac, ac: flat agents.
 # `heat` is ALFWorld, official games: the offline data lack the verb, the base has read it ($ALFWORLD_DATA).
 # Resumable: what is done is skipped. The evaluations of a finished run are kept in results/online/<type>/<arm>/seed<k>/.
 # shellcheck disable=SC2086
@@ -39,9 +39,20 @@ online() { # folder to start from, name, seed, flags of train_o2o.py, of SFT
     --out "$out/$2/seed$3" $env --panel "$type" --dev-limit 25 --eval-every 2500 --seed "$3" $update $online $threads $4 $(resume "$out/$2/seed$3")
   mkdir -p "$kept" && cp "$out/$2/seed$3/evals.json" "$kept/"
 }
+oracle() { # the checkpoint that goes online, with an expert in place of one level: which level is the bottleneck?
+  local guide
+  start planner ""
+  for guide in none planner executor; do
+    [ -f "results/online/$type/oracle/$guide.json" ] || {
+      $python eval.py --checkpoint "$out/planner/orl" $env --panel "$type" --split dev --limit 25 --guide $guide --name $guide --out "$out/oracle" $threads
+      mkdir -p "results/online/$type/oracle" && cp "$out/oracle/results/$guide.json" "results/online/$type/oracle/"
+    }
+  done
+}
 for seed in $seeds; do
   for arm in $arms; do
     case $arm in
+      oracle) oracle ;;
       glider) online planner glider "$seed" "$planner" "" ;;
       replay | nothing) online planner "$arm" "$seed" "$planner --frozen $arm" "" ;;
       awac) online flat awac "$seed" "--frozen nothing" --flat ;;
