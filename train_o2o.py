@@ -149,6 +149,8 @@ def main(config: Config) -> None:
     experts = [t for t in decisions if t.source == "expert" and t.level == "executor"]
     plans = [t.completion.split() for t in decisions if t.source == "expert" and t.level == "planner"]
     words = sorted({plan[0] for plan in plans})
+    if config.explore and not words:
+        raise ValueError("--explore needs an expert's plans: add the gold episodes to --offline")
     held = random.Random(0).sample(experts, min(256, len(experts)))
     panel = read_panel(config.env, config.panel, "train", config.limit)
     dev = read_panel(config.env, config.panel, config.dev, config.dev_limit) if config.dev else []
