@@ -30,7 +30,7 @@ class HiperConfig:
     temperature: float = 0.7  # the policy is softmax(logits / temperature), in play and in every log pi
     limit: Literal["bootstrap", "end"] = "bootstrap"  # what a step limit is; end: a failure, as if terminated
     format_penalty: float = 0.1  # cost of a turn that is not in the format
-    invalid_penalty: float = 0.0  # cost of an action that the world does not understand
+    invalid_penalty: float = 0.0  # cost of an action not understood; with --give-up it pays to give up
     clip: float = 0.2  # PPO: the ratio counts within 1 - clip and 1 + clip
     kl: float = 0.01  # weight of the k3 estimate of KL(pi || pi_init)
     turns: int = 1024  # of an iteration that the policy is trained on, drawn at random; the values see all

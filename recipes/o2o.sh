@@ -41,9 +41,9 @@ online() { # folder to start from, name, seed, flags of train_o2o.py, of SFT
 }
 oracle() { # the checkpoint that goes online, with an expert in place of one level: which level is the bottleneck?
   local guide
-  start planner ""
   for guide in none planner executor; do
     [ -f "results/online/$type/oracle/$guide.json" ] || {
+      start planner ""
       $python eval.py --checkpoint "$out/planner/orl" $env --panel "$type" --split dev --limit 25 --guide $guide --name $guide --out "$out/oracle" $threads
       mkdir -p "results/online/$type/oracle" && cp "$out/oracle/results/$guide.json" "results/online/$type/oracle/"
     }

@@ -291,7 +291,7 @@ def test_it_plays_its_episodes_warms_up_learns_and_evaluates(start, method):
     assert ("low/value_mean" in rows) == (method == "hiper")
     before, after = adapter(start / "sft"), adapter(start / method)
     assert any(not torch.equal(before[name], after[name]) for name in before)
-    (group,) = torch.load(start / method / "state.pt")["actor"]["param_groups"]
+    (group,) = torch.load(start / method / "state.pt", weights_only=True)["actor"]["param_groups"]
     assert group["lr"] == pytest.approx(rl.lr / 3), "falls to 0; 8 of 12 episodes lay behind the last steps"
     meta = load_policy(start / method)[2]
     assert meta["stage"] == "hiper" and meta["format"] == "plan-execute"
