@@ -4,9 +4,9 @@
         --panel demo --out out/demo/o2o
 
 In rounds: the policy plays train variations, its last episodes become the online buffer, and batches of
-offline and online decisions train it. The planner adapts; what happens to the executor is --frozen, and how
-far its log-probs drift on a sample of the expert's decisions is logged. Writes evals.json, the scores of all
-evaluations, and online.jsonl, the episodes.
+offline and online decisions train it, at a step size that falls to 0. The planner adapts; what happens to the
+executor is --frozen, and how far its log-probs drift on a sample of the expert's decisions is logged. Writes
+evals.json, the scores of all evaluations, and online.jsonl, the episodes.
 """
 
 import functools
@@ -225,6 +225,7 @@ def main(config: Config) -> None:
                 }
                 shares = {"offline": config.offline_share, "online": config.online_share}
                 sampler = Mixture(pools, shares, episode_seed(config.seed, round_))
+                learner.actor_optimizer.param_groups[0]["lr"] = rl.actor_lr * (1 - before / config.env_steps)
                 for _ in range(round(config.updates * len(fresh))):
                     parts = micro_batches(
                         sampler.batch(config.batch_size), tokenizer, config.tokens_per_forward

@@ -101,6 +101,13 @@ def test_it_plays_its_budget_evaluates_at_the_start_and_the_end_and_keeps_what_i
     assert {e.source for e in episodes} == {f"o2o-{r}" for r in range(len(episodes) // 2)}
 
 
+def test_the_step_size_falls_to_0_over_the_environment_steps(frozen):
+    before_last = sum(len(e.turns) for e in read_episodes(frozen / "online.jsonl")[:-2])  # 2 a round
+    (group,) = torch.load(frozen / "state.pt", weights_only=True)["learner"]["actor"]["param_groups"]
+    assert 0 < before_last < 18
+    assert group["lr"] == pytest.approx(config(Path(), "").rl.actor_lr * (1 - before_last / 18))
+
+
 def test_the_executor_plays_at_the_temperature_the_planner_at_its_ratio_and_an_evaluation_is_greedy(
     start, monkeypatch
 ):
