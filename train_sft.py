@@ -5,10 +5,12 @@ L_SFT = -E_D[(1/n) sum_i log pi(w_i | s, w_<i)]  (GLIDER, arXiv:2505.19761, eq. 
     python train_sft.py --data out/demo/gold.jsonl --out out/demo/sft
 """
 
+import random
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +34,7 @@ from model import (
 )
 from plan_execute import TurnBatch, by_length, expert_turns
 from plan_execute import collate as collate_turns
+from renaming import new_names, rename, visible
 from run import Run, fail, own_share, pick_device, sum_gradients, sum_over_processes
 
 
@@ -48,6 +51,7 @@ class Config:
     targets: Literal["all", "attention"] = "all"  # linear layers that get LoRA; the papers use attention only
     epochs: float = 3.0  # decisions drawn, in units of the dataset; 0 saves the untrained adapter
     shares: tuple[float, float, float] = (2.0, 2.0, 1.0)  # of planner, executor and progress in what is drawn
+    rename: float = 0.0  # probability that a decision is shown under other names of the things in its prompt
     batch_size: int = 64  # decisions per step
     lr: float = 3e-3  # peak AdamW step size, decayed linearly to a tenth (papers: 1e-4 for 7-8B)
     tokens_per_forward: int = 4096  # padded tokens of a micro-batch
@@ -75,6 +79,12 @@ def by_level_and_task(decisions: list[Transition], shares: tuple[float, float, f
     return pools, ratio
 
 
+def renamed(t: Transition, names: list[str], words: list[str], rng: random.Random) -> Transition:
+    """The decision under other names of things. What its prompt does not name keeps its name."""
+    new = new_names([name for name in names if re.search(rf"\b{re.escape(name)}\b", t.prompt)], words, rng)
+    return replace(t, prompt=rename(t.prompt, new), completion=rename(t.completion, new))
+
+
 def sft_loss(policy, batch, count: int, precision: str) -> torch.Tensor:
     """Sum over decisions of the mean token loss / the global count. Padding and prompts carry no loss."""
     hidden = hidden_states(policy, batch.input_ids, batch.level, precision)  # (B, T, D)
@@ -98,6 +108,8 @@ def main(config: Config) -> None:
         refuse_checkpointing(config.adapters)
     if config.plan_execute and (config.adapters != "shared" or config.flat or config.history != "progress"):
         raise ValueError("--plan-execute is one policy: leave out --adapters separate, --flat and --history")
+    if config.plan_execute and config.rename:
+        raise ValueError("--rename knows decisions of the three roles: leave it out with --plan-execute")
     device = pick_device(config.device)
     lm, tokenizer = load_backbone(config.model, device, config.gradient_checkpointing)
     if config.rank == 0:
@@ -118,6 +130,9 @@ def main(config: Config) -> None:
         ]
         count, counts = len(decisions), Counter(t.level for t in decisions)
         sampler = Mixture(*by_level_and_task(decisions, config.shares), config.seed)
+
+    names = {e.id: visible(e) for e in episodes} if config.rename else {}
+    words = sorted({word for seen in names.values() for name in seen for word in name.split()})
 
     def losses(items: list) -> Iterator[torch.Tensor]:
         """The parts of the loss of a batch, one forward each."""
@@ -161,7 +176,12 @@ def main(config: Config) -> None:
             rate = min(1.0, (step + 1) / 20) * (1 - 0.9 * step / steps)  # short warm-up, linear decay
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * rate
-            items, loss = sampler.batch(config.batch_size), 0.0
+            items, loss, rng = sampler.batch(config.batch_size), 0.0, random.Random(f"{config.seed}/{step}")
+            if config.rename:
+                items = [
+                    renamed(t, names[t.episode_id], words, rng) if rng.random() < config.rename else t
+                    for t in items
+                ]
             for partial in losses(items):
                 partial.backward()
                 loss += partial.item()

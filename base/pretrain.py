@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import prompts  # noqa: E402
 from data import Episode, read_episodes  # noqa: E402
+from renaming import NUMBERED, new_names, rename, visible  # noqa: E402
 from run import provenance  # noqa: E402
 from scripted import visible_names  # noqa: E402
 
@@ -83,43 +84,10 @@ def things(obs: str) -> dict[str, str]:
     return {kind: f"{kind} {number}" for kind, number in re.findall(NUMBERED, feedback.partition(": ")[2])}
 
 
-NUMBERED = r"([a-z]+) (\d+)"  # ALFWorld's names
-
-
 def question(here: dict[str, str], names: list[str], rng: random.Random) -> str:
     """Is a thing of this episode in the list that was just read? Half of those asked for are."""
     name = rng.choice(list(here)) if here and rng.random() < 0.5 else rng.choice(names or ["air"])
     return f"Is there {name}? {here.get(name, 'no')}"
-
-
-def visible(episode: Episode) -> list[str]:
-    """Names of all things seen in an episode; ScienceWorld's rooms keep theirs."""
-    parts = [prompts.split_obs(turn.obs) for turn in episode.turns]
-    if any(room.startswith("room: ") for _, room, _ in parts):
-        return sorted({kind for part in parts for text in part for kind, _ in re.findall(NUMBERED, text)})
-    rooms = {room.partition(":")[0] for _, room, _ in parts}
-    return sorted({name for _, room, _ in parts for name in visible_names(room)} - rooms)
-
-
-def rename(text: str, names: list[str], words: list[str], rng: random.Random) -> str:
-    """`text` with about half of its names replaced, each by one new name throughout.
-
-    A new name is made of real words, shuffled, or of invented ones. What an object is called then says
-    nothing, so the model must learn to copy names from what it sees.
-    """
-    new = {}
-    for name in names:
-        if rng.random() < 0.5:
-            invented = "".join(
-                rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(1, 3))
-            )
-            new[name] = " ".join(
-                rng.choice([invented, *rng.sample(words, 2)]) for _ in range(rng.randint(1, 2))
-            )
-    if not new:
-        return text
-    pattern = "|".join(re.escape(name) for name in sorted(new, key=len, reverse=True))
-    return re.sub(rf"\b({pattern})\b", lambda match: new[match[1]], text)
 
 
 def train_tokenizer(documents: list[str], vocab: int) -> PreTrainedTokenizerFast:
@@ -172,7 +140,9 @@ def main(config: Config) -> None:
         tokenizer = train_tokenizer(documents, config.vocab)
         tokenizer.save_pretrained(config.out)
     encoded = encode(tokenizer, documents)
-    renamed = [rename(text, group, words, rng) for text, group in zip(documents, names, strict=True)]
+    renamed = [
+        rename(text, new_names(group, words, rng)) for text, group in zip(documents, names, strict=True)
+    ]
     encoded += encode(tokenizer, renamed, config.dropout)
     rng.shuffle(encoded)
     stream = torch.tensor([token for ids in encoded for token in ids])

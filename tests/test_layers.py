@@ -16,7 +16,7 @@ LAYERS = [
     "alfworld_textworld batches",
     "labels scripted learner completion plan_execute "  # scripted: players without a model
     "alfworld_env",
-    "teacher viewer hiper bench_rollout",
+    "teacher viewer hiper bench_rollout renaming",
     "collect train_sft train_orl train_o2o train_hiper eval plot bench demo "
     "panels/make panels/make_rooms base/pretrain recipes/compare recipes/sweep recipes/alfworld_difftest "
     "recipes/alfworld_replay recipes/curves",

@@ -46,9 +46,6 @@ def test_a_document_holds_random_play_and_as_many_questions_as_asked_for():
         assert asked == q * (texts[q].count("\nObservation: ") + texts[q].count("\nResult: "))
     assert set(re.findall(r"Result: .*; (\w+)", texts[0.0])) == {"True", "False"}
     assert "Act on the subtask" not in texts[3.0] and "Progress" not in texts[3.0]
-    names = pretrain.visible(episode)
-    renamed = pretrain.rename(texts[0.0], names, names, random.Random(0))
-    assert renamed != texts[0.0] and renamed.count("\n") == texts[0.0].count("\n")
 
 
 def test_dropout_shows_pieces_that_stand_only_inside_other_words_and_changes_no_text():

@@ -1,0 +1,49 @@
+"""Names of things, and the same text under other names: what a thing is called should not matter.
+
+A small model learns the names that it is shown by heart. Shown under other names too, a text can only be
+continued by copying them from what was read (`base/pretrain.py`, `train_sft.py --rename`).
+"""
+
+import random
+import re
+
+import prompts
+from data import Episode
+from scripted import visible_names
+
+NUMBERED = r"([a-z]+) (\d+)"  # ALFWorld's names
+
+
+def visible(episode: Episode) -> list[str]:
+    """Names of all things seen in an episode, without the letter of "unknown substance B"; not rooms."""
+    parts = [prompts.split_obs(turn.obs) for turn in episode.turns]
+    if any(room.startswith("room: ") for _, room, _ in parts):
+        return sorted({kind for part in parts for text in part for kind, _ in re.findall(NUMBERED, text)})
+    rooms = {room.partition(":")[0] for _, room, _ in parts}
+    names = {re.sub(" [A-Z]$", "", name) for _, room, _ in parts for name in visible_names(room)}
+    return sorted(names - rooms)
+
+
+def new_names(names: list[str], words: list[str], rng: random.Random) -> dict[str, str]:
+    """About half of `names` -> another name each, of one or two real `words` or invented ones."""
+    new = {}
+    for name in names:
+        if rng.random() < 0.5:
+            invented = "".join(
+                rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(1, 3))
+            )
+            new[name] = " ".join(
+                rng.choice([invented, *rng.sample(words, 2)]) for _ in range(rng.randint(1, 2))
+            )
+    return new
+
+
+def rename(text: str, new: dict[str, str]) -> str:
+    """`text` with the names of `new` replaced wherever they stand as whole words.
+
+    The letter of an "unknown substance B" goes with the name, since the actions of an expert leave it out.
+    """
+    if not new:
+        return text
+    pattern = "|".join(re.escape(name) for name in sorted(new, key=len, reverse=True))
+    return re.sub(rf"\b({pattern})\b(?: [A-Z]\b)?", lambda match: new[match[1]], text)

@@ -1,0 +1,61 @@
+"""Names of things, and texts under other names."""
+
+import random
+from dataclasses import replace
+
+import pytest
+
+import train_sft
+from data import Episode, Transition, Turn
+from renaming import new_names, rename, visible
+
+OBS = (
+    "You look around.\n\nThis room is called the workshop. In it, you see: \n\tthe agent\n\ta table. "
+    "On the table is: a red wire, a battery.\n\tunknown substance B\nYou also see:\n"
+    "\tA door to the hallway (that is open)\n\n\nIn your inventory, you see:\n\tan orange"
+)
+
+
+def test_names_are_those_of_the_room_without_letters_and_rooms_are_not_among_them():
+    turns = [Turn(OBS, "look around", "", 0.0, False, False)]
+    seen = visible(Episode("scienceworld", "boil", 1, "", turns))
+    assert seen == ["battery", "red wire", "table", "unknown substance"]
+
+
+def test_whole_words_are_replaced_longest_name_first_and_a_letter_goes_with_its_name():
+    new = {"wire": "zu", "red wire": "mug", "unknown substance": "lamp"}
+    text = "connect red wire to wire; wires; unknown substance B in unknown substance; Borg"
+    assert rename(text, new) == "connect mug to zu; wires; lamp in lamp; Borg"
+    assert rename(text, {}) == text
+
+
+def test_about_half_of_the_names_get_one_or_two_words_and_a_seed_says_which():
+    names = [f"thing{i}" for i in range(400)]
+    new = new_names(names, ["mug", "lamp", "pen"], random.Random(0))
+    assert 160 < len(new) < 240 and {len(name.split()) for name in new.values()} == {1, 2}
+    assert new == new_names(names, ["mug", "lamp", "pen"], random.Random(0))
+
+
+def test_a_decision_keeps_its_sense_and_what_its_prompt_does_not_name_keeps_its_name():
+    decision = Transition(
+        "executor", "Subtask: get the red wire\nObservation: a red wire", " pick up red wire; True",
+        [], [], 0.0, 1, False, False, "", "executor", "expert", "expert/boil/1", 0,
+    )  # fmt: skip
+    seen = set()
+    for seed in range(20):
+        other = train_sft.renamed(decision, ["red wire", "battery"], ["mug", "pen"], random.Random(seed))
+        name = other.completion.removeprefix(" pick up ").removesuffix("; True")
+        assert other.prompt == f"Subtask: get the {name}\nObservation: a {name}"
+        assert replace(other, prompt=decision.prompt, completion=decision.completion) == decision
+        seen.add(name)
+    assert "red wire" in seen and len(seen) > 5
+    decision = replace(decision, completion=" pick up battery; True")
+    assert all(
+        train_sft.renamed(decision, ["battery"], ["mug", "pen"], random.Random(seed)) == decision
+        for seed in range(9)
+    )
+
+
+def test_renaming_needs_decisions_of_roles(tmp_path):
+    with pytest.raises(ValueError, match="leave it out with --plan-execute"):
+        train_sft.main(train_sft.Config(tmp_path, tmp_path / "out", rename=0.5, plan_execute=True))
