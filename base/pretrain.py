@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import prompts  # noqa: E402
 from data import Episode, read_episodes  # noqa: E402
 from renaming import NUMBERED, new_names, rename, visible  # noqa: E402
-from run import provenance  # noqa: E402
+from run import pick_device, provenance  # noqa: E402
 from scripted import visible_names  # noqa: E402
 
 
@@ -49,6 +49,7 @@ class Config:
     lr: float = 2e-3  # peak learning rate
     seed: int = 0
     threads: int = 2
+    device: str = "auto"
 
 
 def document(episode: Episode, rng: random.Random, questions: float) -> str:
@@ -124,33 +125,42 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str], dropout: fl
     return [[tokenizer.bos_token_id, *row, tokenizer.eos_token_id] for row in ids]
 
 
+def stream(
+    episodes: list[Episode], tokenizer, words: list[str], config: Config, epoch: int
+) -> tuple[torch.Tensor, int]:
+    """The tokens of all documents, as they are and under other names, and their characters.
+
+    Which observations are shown, what is asked and the names are drawn anew in each epoch.
+    """
+    rng = random.Random(f"{config.seed}/{epoch}")
+    documents = [document(episode, rng, config.questions) for episode in episodes]
+    renamed = [
+        rename(text, new_names(visible(episode), words, rng))
+        for text, episode in zip(documents, episodes, strict=True)
+    ]
+    encoded = encode(tokenizer, documents) + encode(tokenizer, renamed, config.dropout)
+    rng.shuffle(encoded)
+    return torch.tensor([token for ids in encoded for token in ids]), sum(map(len, documents + renamed))
+
+
 def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
+    device = pick_device(config.device)
     print(json.dumps(asdict(config), indent=2, default=str))
     episodes = [episode for path in config.text for episode in read_episodes(path)]
-    rng = random.Random(config.seed)
-    documents = [document(episode, rng, config.questions) for episode in episodes]
-    names = [visible(episode) for episode in episodes]
-    words = sorted({word for group in names for name in group for word in name.split()})
+    held_out, episodes = episodes[::50], [episode for i, episode in enumerate(episodes) if i % 50]
+    words = sorted({word for episode in episodes for name in visible(episode) for word in name.split()})
     config.out.mkdir(parents=True, exist_ok=True)
     if (config.out / "tokenizer.json").exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(config.out)
     else:
-        tokenizer = train_tokenizer(documents, config.vocab)
+        rng = random.Random(config.seed)
+        tokenizer = train_tokenizer([document(e, rng, config.questions) for e in episodes], config.vocab)
         tokenizer.save_pretrained(config.out)
-    encoded = encode(tokenizer, documents)
-    renamed = [
-        rename(text, new_names(group, words, rng)) for text, group in zip(documents, names, strict=True)
-    ]
-    encoded += encode(tokenizer, renamed, config.dropout)
-    rng.shuffle(encoded)
-    stream = torch.tensor([token for ids in encoded for token in ids])
-    held_out, stream = stream[: 64 * config.context], stream[64 * config.context :]
-    print(
-        f"{len(episodes)} episodes, {len(stream) / 1e6:.1f}M tokens, "
-        f"{(len(''.join(documents)) + len(''.join(renamed))) / len(stream):.2f} characters per token"
-    )
+    unseen, _ = stream(held_out, tokenizer, words, config, 0)
+    unseen = unseen[: len(unseen) // config.context * config.context].view(-1, config.context)
+    unseen = unseen[:: math.ceil(len(unseen) / 64)].to(device)  # 64 rows at most, from all documents
 
     architecture = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=config.hidden, num_hidden_layers=config.layers,
@@ -159,7 +169,7 @@ def main(config: Config) -> None:
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    model = LlamaForCausalLM(architecture)
+    model = LlamaForCausalLM(architecture).to(device)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters / 1e6:.2f}M parameters")
     matrices = [p for p in model.parameters() if p.ndim == 2]
@@ -167,20 +177,20 @@ def main(config: Config) -> None:
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))
     state = config.out / "pretrain_state.pt"
-    step, seen, seconds = 0, 0, 0.0
+    step, seen, seconds, epoch, left = 0, 0, 0.0, 0, 0
     if state.exists():
-        saved = torch.load(state, weights_only=True)
+        saved = torch.load(state, weights_only=True, map_location=device)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        step, seen, seconds = saved["step"], saved["seen"], saved["seconds"]
+        step, seen, seconds, epoch = saved["step"], saved["seen"], saved["seconds"], saved["epoch"]
 
     def loss_of(rows: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
             return model(input_ids=rows, labels=rows).loss
 
     def evaluate() -> float:
         with torch.no_grad():
-            return loss_of(held_out.view(-1, config.context)[:32]).item()
+            return loss_of(unseen).item()
 
     total = None if config.minutes else int(config.tokens)
     bar = tqdm(total=total, initial=seen, unit="tok", unit_scale=True, mininterval=10)
@@ -191,9 +201,16 @@ def main(config: Config) -> None:
 
     while done() < 1:
         began = time.monotonic()
+        if left <= 0:
+            tokens, characters = stream(episodes, tokenizer, words, config, epoch)
+            left, epoch = len(tokens), epoch + 1
+            tqdm.write(
+                f"epoch {epoch}: {len(episodes)} episodes, {left / 1e6:.1f}M tokens, "
+                f"{characters / left:.2f} characters per token"
+            )
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        starts = torch.randint(len(stream) - config.context, (config.rows,), generator=generator)
-        rows = torch.stack([stream[s : s + config.context] for s in starts])
+        starts = torch.randint(len(tokens) - config.context, (config.rows,), generator=generator)
+        rows = torch.stack([tokens[s : s + config.context] for s in starts]).to(device)
         warmup = min(1.0, (step + 1) / 100)
         for group in optimizer.param_groups:
             group["lr"] = config.lr * warmup * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done())))
@@ -202,7 +219,8 @@ def main(config: Config) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step, seen, seconds = step + 1, seen + rows.numel(), seconds + time.monotonic() - began
+        step, seen, left = step + 1, seen + rows.numel(), left - rows.numel()
+        seconds += time.monotonic() - began
         bar.update(rows.numel())
         if step % 50 == 0 or done() >= 1:
             bar.set_postfix(loss=f"{loss.item():.3f}")
@@ -215,6 +233,7 @@ def main(config: Config) -> None:
                 "step": step,
                 "seen": seen,
                 "seconds": seconds,
+                "epoch": epoch,
             }
             torch.save(saved, state.with_suffix(".tmp"))
             state.with_suffix(".tmp").replace(state)

@@ -45,6 +45,16 @@ FAMILIES = {
 }  # fmt: skip
 
 
+def spread(splits: dict, split: str, most: int) -> dict:
+    """At most so many variations of each type, evenly spaced, every other one first: neighbours are alike."""
+    chosen = {}
+    for task, s in splits.items():
+        count = min(most, len(s[split]))
+        even = [s[split][i * len(s[split]) // count] for i in range(count)]
+        chosen[task] = {split: even[::2] + even[1::2]}
+    return chosen
+
+
 def write(
     name: str, splits: dict[str, dict[str, list[int]]], split: str, most: dict[str, int], note: str
 ) -> None:
@@ -108,9 +118,10 @@ def scienceworld() -> None:
     write("without", base, "train", dict.fromkeys(base, 50), "all types but the held-out ones, 50 of each")
     for held_out, family in FAMILIES.items():
         own, rest = {held_out: full[held_out]}, {task: full[task] for task in family}
-        write(f"{held_out}-family", rest, "train", dict.fromkeys(rest, 60), f"its family without {held_out}")
+        offline, dev, note = spread(rest, "train", 60), spread(own, "dev", 50), "evenly spaced"
+        write(f"{held_out}-family", offline, "train", dict.fromkeys(rest, 60), f"without {held_out}, {note}")
         write(held_out, own, "train", {held_out: 10_000}, "a held-out type, for online training")
-        write(held_out, own, "dev", {held_out: 50}, "a held-out type, the first 50 variations")
+        write(held_out, dev, "dev", {held_out: 50}, f"a held-out type, {note}")
     write("demo", demo, "dev", dict.fromkeys(demo, 5), "8 types, the first 5 variations of each")
 
 

@@ -25,7 +25,7 @@ planner="--temperature 0.5 --planning-ratio 1.4 --explore 0.1 --give-up 6"
 start() { # folder, flags of SFT: to the checkpoint that goes online
   [ ! -f "$out/$1/orl/policy.json" ] || return 0
   $python collect.py --source gold $env --panel "$type-family" --out "$out/gold.jsonl"
-  [ -f "$out/$1/sft/policy.json" ] || $python train_sft.py --model $base --data "$out/gold.jsonl" --out "$out/$1/sft" \
+  [ -f "$out/$1/sft/policy.json" ] || $python train_sft.py --model $base --data "$out/gold.jsonl" --out "$out/$1/sft" --rename 0.5 \
     --epochs "${epochs[$type]}" $threads $2 $(resume "$out/$1/sft")
   $python collect.py --source policy $env --panel "$type-family" --limit 15 --checkpoint "$out/$1/sft" --out "$out/$1/rollouts.jsonl" $threads
   $python train_orl.py --init "$out/$1/sft" --expert "$out/gold.jsonl" \
