@@ -43,7 +43,7 @@ class Config:
     questions: float = 0.5  # mean number of questions on an observation
     dropout: float = 0.1  # of the merges of word pieces, in the renamed half of the text
     context: int = 320  # tokens per training row
-    rows: int = 16  # rows per step
+    rows: int = 4  # rows per step: few, since what is short here is steps
     tokens: float = 11e6  # training tokens; the learning rate is annealed over them
     minutes: float = 0  # if not 0, train this long instead of --tokens (to compare sizes)
     lr: float = 2e-3  # peak learning rate
