@@ -9,10 +9,12 @@ import pytest
 import torch
 
 import alfworld_rules
-import collect
+import annotate
 import critic
+import scripted
 from batches import encode
-from data import Episode, Segment, Turn, read_episodes, transitions
+from data import Episode, Segment, Turn, transitions
+from envs import EnvPool, read_panel
 from prompts import compact
 
 mine = importlib.import_module(os.environ.get("EXERCISES", "tasks"))
@@ -82,10 +84,10 @@ def test_6_outcome(case):
     )  # fmt: skip
 
 
-def test_7_judge(tmp_path):
-    out = tmp_path / "gold.jsonl"
-    collect.main(collect.Config(out=out, env="alfworld", panel="demo", limit=1, workers=0, threads=1))
-    episodes = [e for e in read_episodes(out) if "two" not in e.description]
+def test_7_judge():
+    with EnvPool("alfworld", 6, workers=0, max_steps=50) as pool:
+        played = scripted.play_gold(pool, read_panel("alfworld", "demo", "train", 1), "alfworld")
+        episodes = [annotate.annotate(e) for e in played if " two " not in e.description]
     names = {
         segment.subtask for e in episodes for segment in e.segments if ", not from" not in segment.subtask
     }
