@@ -150,6 +150,8 @@ def main(config: Config) -> None:
     print(json.dumps(asdict(config), indent=2, default=str))
     episodes = [episode for path in config.text for episode in read_episodes(path)]
     held_out, episodes = episodes[::50], [episode for i, episode in enumerate(episodes) if i % 50]
+    if not episodes:
+        raise ValueError(f"{len(held_out)} episodes in --text, expected 2 or more: one in fifty is held out")
     words = sorted({word for episode in episodes for name in visible(episode) for word in name.split()})
     config.out.mkdir(parents=True, exist_ok=True)
     if (config.out / "tokenizer.json").exists():
@@ -201,7 +203,7 @@ def main(config: Config) -> None:
 
     while done() < 1:
         began = time.monotonic()
-        if left <= 0:
+        if left <= 0:  # also when a stopped run goes on: the rest of its epoch is left out
             tokens, characters = stream(episodes, tokenizer, words, config, epoch)
             left, epoch = len(tokens), epoch + 1
             tqdm.write(

@@ -7,13 +7,15 @@ on the same data as the sound code in out/hunt/0. Printed are the numbers of bot
 and what would make them so? docs/metrics.md says what each one is; `diff` of the folders tells the answer.
 """
 
-import argparse
 import csv
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import tyro
 from solutions import FAULTS, HUNT
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +45,13 @@ def run(code: Path, script: str, *flags: str) -> None:
     subprocess.run([sys.executable, code / script, *map(str, flags)], check=True)
 
 
+def train(code: Path, script: str, out: Path, *flags: str) -> None:
+    """Trains to `out` unless that is done; one that was stopped starts again."""
+    if not (out / "policy.json").exists():
+        shutil.rmtree(out, ignore_errors=True)
+        run(code, script, *flags, "--out", out)
+
+
 def quantities(path: Path) -> dict[str, tuple[float, float]]:
     """metric -> its means over the first and the last third of the run."""
     series = {}
@@ -67,45 +76,35 @@ def table(sound: dict, other: dict) -> list[str]:
     return lines
 
 
-def main(number: int, games: int, steps: int, max_steps: int, out: Path) -> None:
-    sound, play = out / "0", ["--env", "alfworld", "--workers", 0]
-    plant(0, sound / "code")
+@dataclass(frozen=True)
+class Config:
+    number: tyro.conf.Positional[Literal[1, 2, 3, 4, 5, 6]]  # which fault
+    games: int = 12  # generated games of each type to learn from
+    steps: int = 60  # gradient steps
+    max_steps: int = 50  # environment steps of an episode that the SFT policy plays
+    out: Path = ROOT / "out" / "hunt"  # folder
+
+
+def main(config: Config) -> None:
+    out, sound, play = config.out, config.out / "0" / "code", ["--env", "alfworld", "--workers", 0]
+    plant(0, sound)
     if not (out / "rollouts.jsonl").exists():
         print("once: an expert's paths through generated games, SFT on them, and what it plays")
-        run(sound / "code", "collect.py", *play, "--limit", games, "--out", out / "gold.jsonl")
-        run(sound / "code", "train_sft.py", "--data", out / "gold.jsonl", "--out", out / "sft", "--epochs", 1)
-        found = ["--source", "policy", "--checkpoint", out / "sft", "--limit", max(1, games // 4)]
-        found += ["--max-steps", max_steps]
-        run(sound / "code", "collect.py", *play, *found, "--out", out / "part.jsonl")
+        run(sound, "collect.py", *play, "--limit", config.games, "--out", out / "gold.jsonl")
+        train(sound, "train_sft.py", out / "sft", "--data", out / "gold.jsonl", "--epochs", 1)
+        found = ["--source", "policy", "--checkpoint", out / "sft", "--limit", max(1, config.games // 4)]
+        found += ["--max-steps", config.max_steps]
+        run(sound, "collect.py", *play, *found, "--out", out / "part.jsonl")
         (out / "part.jsonl").rename(out / "rollouts.jsonl")
-    for kind in dict.fromkeys((0, number)):
-        folder = out / str(kind)
-        plant(kind, folder / "code")
-        if not (folder / "run" / "policy.json").exists():
-            shutil.rmtree(folder / "run", ignore_errors=True)
-            data = ["--expert", out / "gold.jsonl", "--rollouts", out / "rollouts.jsonl"]
-            flags = [
-                "--init",
-                out / "sft",
-                "--steps",
-                steps,
-                "--warmup-steps",
-                steps // 2,
-                "--rl.critic-lr",
-                "1e-3",
-            ]
-            run(folder / "code", "train_orl.py", *flags, *data, "--out", folder / "run")
-    found = [quantities(out / str(kind) / "run" / "metrics.csv") for kind in (0, number)]
+    data = ["--init", out / "sft", "--expert", out / "gold.jsonl", "--rollouts", out / "rollouts.jsonl"]
+    flags = ["--steps", config.steps, "--warmup-steps", config.steps // 2, "--rl.critic-lr", "1e-3"]
+    found = []
+    for kind in (0, config.number):
+        plant(kind, out / str(kind) / "code")
+        train(out / str(kind) / "code", "train_orl.py", out / str(kind) / "run", *data, *flags)
+        found.append(quantities(out / str(kind) / "run" / "metrics.csv"))
     print("\n".join(table(*found)))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description="A faulty run of offline RL beside a sound one: what is wrong?"
-    )
-    parser.add_argument("number", type=int, choices=sorted(HUNT), help="which fault")
-    parser.add_argument("--games", type=int, default=12, help="generated games of each type to learn from")
-    parser.add_argument("--steps", type=int, default=60, help="gradient steps")
-    parser.add_argument("--max-steps", type=int, default=50, help="environment steps of an episode of SFT's")
-    parser.add_argument("--out", type=Path, default=ROOT / "out" / "hunt", help="folder")
-    main(**vars(parser.parse_args()))
+    main(tyro.cli(Config))

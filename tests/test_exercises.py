@@ -81,7 +81,9 @@ def test_the_hunt_plants_one_fault_trains_on_it_and_shows_both_runs(tmp_path, ca
             if p.read_text() != (tmp_path / "code" / p.name).read_text()
         ]
         assert changed == [file] and faulty in (tmp_path / "code" / file).read_text()
-    hunt.main(5, games=1, steps=4, max_steps=5, out=tmp_path / "hunt")  # the raw advantage is the weight
+    hunt.main(
+        hunt.Config(5, games=1, steps=4, max_steps=5, out=tmp_path / "hunt")
+    )  # the raw advantage is the weight
     rows = {
         line.split()[0]: line.split()[1:] for line in capfd.readouterr().out.splitlines() if "/" in line[:30]
     }

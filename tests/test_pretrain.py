@@ -4,10 +4,12 @@ import random
 import re
 from pathlib import Path
 
+import pytest
 from transformers import PreTrainedTokenizerFast
 
 import scripted
 from base import pretrain
+from data import write_episodes
 from envs import EnvPool, read_panel
 
 DESK = (
@@ -57,3 +59,25 @@ def test_dropout_shows_pieces_that_stand_only_inside_other_words_and_changes_no_
     assert sum(piece in ids for ids in varied) > 20
     assert {tokenizer.decode(ids) for ids in plain + varied} == {"<bos>Action: examine mug 2<eos>"}
     assert pretrain.encode(tokenizer, ["Action: examine mug 2"]) == plain[:1], "and afterwards it is off"
+
+
+def test_an_epoch_draws_text_and_names_anew_and_a_seed_says_which():
+    with EnvPool("alfworld", 1, workers=0, max_steps=10) as pool:
+        panel = read_panel("alfworld", "demo", "train", 1)[:1]
+        episodes = list(scripted.play_explore(pool, panel, "alfworld", seed=0))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(Path(pretrain.__file__).parent)
+    config = pretrain.Config((Path("unused"),), dropout=0.0)
+    first, again, second = (
+        pretrain.stream(episodes, tokenizer, ["mug", "pen"], config, epoch)[0] for epoch in (0, 0, 1)
+    )
+    assert first.tolist() == again.tolist() != second.tolist()
+    texts = [tokenizer.decode(ids) for ids in (first, second)]
+    assert all(text.count("<bos>") == text.count("<eos>") == 2 for text in texts), "as it is, and renamed"
+
+
+def test_a_single_episode_is_refused_since_one_is_held_out(tmp_path):
+    with EnvPool("alfworld", 1, workers=0, max_steps=3) as pool:
+        panel = read_panel("alfworld", "demo", "train", 1)[:1]
+        write_episodes(tmp_path / "one.jsonl", scripted.play_explore(pool, panel, "alfworld", seed=0))
+    with pytest.raises(ValueError, match="1 episodes in --text, expected 2 or more"):
+        pretrain.main(pretrain.Config((tmp_path / "one.jsonl",), tmp_path / "base", threads=1))
