@@ -2,10 +2,12 @@
 
     python collect.py --source explore --panel full --limit 50 --max-steps 40 --out out/base/explore.jsonl
     python collect.py --env alfworld --source explore --max-steps 40 --out out/base/explore_alfworld.jsonl
-    python base/pretrain.py --text out/base/explore.jsonl out/base/explore_alfworld.jsonl --tokens 14e6
+    python base/pretrain.py --text out/base/explore.jsonl out/base/explore_alfworld.jsonl --tokens 30e6 \
+        --words /usr/share/dict/words
 
 The text holds observations, random actions and questions on what was just read: no gold path and no role
-prompt, so what SFT and RL add is theirs. Resumable; base/README.md has the second part of the training.
+prompt, so what SFT and RL add is theirs. Resumable. `copied` says whether the model can spell a name that it
+never saw before this text: what an agent needs in a world it does not know by heart.
 """
 
 import json
@@ -40,8 +42,9 @@ class Config:
     layers: int = 4
     heads: int = 6
     feed_forward: int = 512
-    questions: float = 0.5  # mean number of questions on an observation
-    dropout: float = 0.1  # of the merges of word pieces, in the renamed half of the text
+    words: Path | None = None  # English words, one a line, for new names; without it those of the text
+    questions: float = 3.0  # mean number of questions on an observation
+    dropout: float = 0.0  # of the merges of word pieces, in the renamed half of the text
     context: int = 320  # tokens per training row
     rows: int = 4  # rows per step: few, since what is short here is steps
     tokens: float = 11e6  # training tokens; the learning rate is annealed over them
@@ -78,10 +81,10 @@ def document(episode: Episode, rng: random.Random, questions: float) -> str:
 
 
 def things(obs: str) -> dict[str, str]:
-    """Names of the things that an observation lists -> how they are spoken of: "mug" -> "mug 2"."""
+    """Names of the things that an observation lists -> the answer that says so: "mug" -> "mug 2"."""
     feedback, room, _ = prompts.split_obs(obs)
     if not room.startswith("room: "):
-        return {name: "yes" for name in visible_names(room)}
+        return {name: f"{name}: yes" for name in visible_names(room)}
     return {kind: f"{kind} {number}" for kind, number in re.findall(NUMBERED, feedback.partition(": ")[2])}
 
 
@@ -143,6 +146,37 @@ def stream(
     return torch.tensor([token for ids in encoded for token in ids]), sum(map(len, documents + renamed))
 
 
+def spelled(text: str, names: list[str], tokenizer, context: int) -> tuple[list[int], list[bool]]:
+    """First tokens of a text, and which of them spell on (all pieces but the first) a name read before."""
+    row = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    pattern, before, again = "|".join(re.escape(n) for n in sorted(names, key=len, reverse=True)), set(), []
+    for match in re.finditer(rf"\b({pattern})\b", text):
+        again += [match.span()] if match[1] in before else []
+        before.add(match[1])
+    marks = [any(start < a < end for start, end in again) for a, _ in row.offset_mapping]
+    return [tokenizer.bos_token_id, *row.input_ids][:context], [False, *marks][:context]
+
+
+@torch.no_grad()
+def copied(model, rows: list[tuple[list[int], list[bool]]]) -> float:
+    """Share of the marked tokens that the model, which has read what stands before them, would write."""
+    right, device = [], model.device
+    for ids, marks in rows:
+        guess = model(input_ids=torch.tensor([ids], device=device)).logits[0].argmax(-1).tolist()
+        right += [guess[i - 1] == ids[i] for i in range(1, len(ids)) if marks[i]]
+    return sum(right) / max(1, len(right))
+
+
+def english(path: Path) -> list[str]:
+    """Lower-case words of 3 to 10 letters, in a fixed random order."""
+    if not path.exists():
+        fix = "Debian, Ubuntu: apt install wamerican-small; or leave --words out"
+        raise FileNotFoundError(f"no list of words at {path}, expected one word a line ({fix})")
+    found = sorted(set(re.findall("^[a-z]{3,10}$", path.read_text(errors="ignore"), re.MULTILINE)))
+    random.Random(0).shuffle(found)
+    return found
+
+
 def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -153,6 +187,8 @@ def main(config: Config) -> None:
     if not episodes:
         raise ValueError(f"{len(held_out)} episodes in --text, expected 2 or more: one in fifty is held out")
     words = sorted({word for episode in episodes for name in visible(episode) for word in name.split()})
+    words = english(config.words) if config.words else words
+    kept, words = words[:100], words[100:] or words  # of a list, the first are never trained on
     config.out.mkdir(parents=True, exist_ok=True)
     if (config.out / "tokenizer.json").exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(config.out)
@@ -163,6 +199,11 @@ def main(config: Config) -> None:
     unseen, _ = stream(held_out, tokenizer, words, config, 0)
     unseen = unseen[: len(unseen) // config.context * config.context].view(-1, config.context)
     unseen = unseen[:: math.ceil(len(unseen) / 64)].to(device)  # 64 rows at most, from all documents
+    rng, probe = random.Random(config.seed), []
+    for episode in held_out[:64]:
+        new = {name: " ".join(rng.choices(kept, k=rng.randint(1, 2))) for name in visible(episode)}
+        text = rename(document(episode, rng, config.questions), new)
+        probe.append(spelled(text, list(new.values()), tokenizer, config.context))
 
     architecture = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=config.hidden, num_hidden_layers=config.layers,
@@ -190,9 +231,9 @@ def main(config: Config) -> None:
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             return model(input_ids=rows, labels=rows).loss
 
-    def evaluate() -> float:
+    def evaluate() -> tuple[float, float]:
         with torch.no_grad():
-            return loss_of(unseen).item()
+            return loss_of(unseen).item(), copied(model, probe)
 
     total = None if config.minutes else int(config.tokens)
     bar = tqdm(total=total, initial=seen, unit="tok", unit_scale=True, mininterval=10)
@@ -224,9 +265,10 @@ def main(config: Config) -> None:
         step, seen, left = step + 1, seen + rows.numel(), left - rows.numel()
         seconds += time.monotonic() - began
         bar.update(rows.numel())
-        if step % 50 == 0 or done() >= 1:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-            log.write(f"{step},{seen},{seconds:.0f},{loss.item():.4f},{evaluate():.4f}\n")
+        if step % 200 == 0 or done() >= 1:
+            held_out_loss, share = evaluate()
+            bar.set_postfix(loss=f"{held_out_loss:.3f}", copied=f"{share:.2f}")
+            log.write(f"{step},{seen},{seconds:.0f},{loss.item():.4f},{held_out_loss:.4f},{share:.4f}\n")
             log.flush()
         if step % 100 == 0 or done() >= 1:
             saved = {
@@ -241,12 +283,14 @@ def main(config: Config) -> None:
             state.with_suffix(".tmp").replace(state)
     half = model.to(torch.bfloat16)
     half.save_pretrained(config.out)
+    held_out_loss, share = evaluate()
     record = {
         "parameters": parameters, "steps": step, "tokens": seen, "minutes": round(seconds / 60, 1),
-        "held_out_loss": round(evaluate(), 4), "config": asdict(config), **provenance(),
+        "held_out_loss": round(held_out_loss, 4), "copied": round(share, 3), "config": asdict(config),
+        **provenance(),
     }  # fmt: skip
     (config.out / "pretrain.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
-    print(f"done: {step} steps, {seen / 1e6:.1f}M tokens, held-out loss {record['held_out_loss']:.3f}")
+    print(f"done: {seen / 1e6:.1f}M tokens, held-out loss {held_out_loss:.3f}, copied {share:.0%}")
 
 
 if __name__ == "__main__":

@@ -294,7 +294,7 @@ def test_repeats_sample_other_episodes(w, tmp_path):
 # --- training -----------------------------------------------------------------------------------------------
 def test_the_base_was_pretrained_and_resumes_as_finished(w):
     rows = list(csv.reader((w.base / "pretrain_log.csv").open()))
-    assert int(rows[-1][0]) > 3 and float(rows[-1][-1]) < math.log(1000), (
+    assert int(rows[-1][0]) > 3 and float(rows[-1][-2]) < math.log(1000), (
         "better than uniform on held-out text"
     )
     _, tokenizer, _ = load_policy(w.sft)

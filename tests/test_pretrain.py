@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
 import scripted
@@ -26,7 +27,7 @@ KITCHEN = (
 
 def test_things_are_those_of_the_list_that_was_just_read():
     assert pretrain.things(DESK) == {"mug": "mug 1", "pen": "pen 3"}
-    assert pretrain.things(KITCHEN) == {"stove": "yes", "metal pot": "yes"}
+    assert pretrain.things(KITCHEN) == {"stove": "stove: yes", "metal pot": "metal pot: yes"}
     assert pretrain.things(DESK.replace("a mug 2, a mug 1, and a pen 3", "nothing")) == {}
 
 
@@ -59,6 +60,41 @@ def test_dropout_shows_pieces_that_stand_only_inside_other_words_and_changes_no_
     assert sum(piece in ids for ids in varied) > 20
     assert {tokenizer.decode(ids) for ids in plain + varied} == {"<bos>Action: examine mug 2<eos>"}
     assert pretrain.encode(tokenizer, ["Action: examine mug 2"]) == plain[:1], "and afterwards it is off"
+
+
+def test_the_pieces_that_spell_a_name_on_are_those_of_names_read_before():
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(Path(pretrain.__file__).parent)
+    text = "Observation: a violin, a wool sock\nAction: get the violin\nResult: wool socks; a violin, a sock"
+    ids, marks = pretrain.spelled(text, ["violin", "wool sock", "sock"], tokenizer, 320)
+    assert ids[0] == tokenizer.bos_token_id and tokenizer.decode(ids[1:]) == text
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    name = tokenizer.tokenize(" violin")
+    places = [i for i in range(len(ids)) if pieces[i : i + len(name)] == name]
+    assert len(name) > 2 and len(places) == 3
+    expected = {place + k for place in places[1:] for k in range(1, len(name))}
+    assert {i for i, mark in enumerate(marks) if mark} == expected, "not the first time, nor its first piece"
+    assert pretrain.spelled(text, ["violin"], tokenizer, 9) == (ids[:9], marks[:9])
+
+
+def test_copied_is_the_share_of_marked_tokens_that_the_model_would_write():
+    rows = [([0, 5, 6, 5, 6], [False, False, True, False, True]), ([0, 5, 7], [False, False, True])]
+
+    class Writes6(torch.nn.Module):
+        device = "cpu"
+
+        def forward(self, input_ids):
+            logits = torch.nn.functional.one_hot(torch.full_like(input_ids, 6), 9)
+            return type("Out", (), {"logits": logits})
+
+    assert pretrain.copied(Writes6(), rows) == pytest.approx(2 / 3)
+    assert pretrain.copied(Writes6(), [([0, 5], [False, False])]) == 0.0
+
+
+def test_a_list_of_words_is_read_or_its_absence_said(tmp_path):
+    (tmp_path / "words").write_text("violin\nAl\nit's\nsock\nby\nextraordinarily\nsock\n")
+    assert sorted(pretrain.english(tmp_path / "words")) == ["sock", "violin"]
+    with pytest.raises(FileNotFoundError, match="apt install wamerican"):
+        pretrain.english(tmp_path / "none")
 
 
 def test_an_epoch_draws_text_and_names_anew_and_a_seed_says_which():
