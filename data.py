@@ -297,3 +297,11 @@ def set_returns(decisions: list[Transition], gamma: float, discount: str) -> Non
         rate = gamma**t.steps if discount == "smdp" else gamma
         tail = 0.0 if t.terminated else rate * t.follows.mc_return if t.follows else math.nan
         t.mc_return = t.reward + tail
+
+
+if __name__ == "__main__":
+    import tyro
+
+    import show
+
+    show.main(tyro.cli(show.Config))

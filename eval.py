@@ -2,6 +2,8 @@
 
     python eval.py --checkpoint out/demo/sft --panel demo --split dev --out out/demo --name sft
     python eval.py --agent random --panel glider --split dev --out results --name random
+    python eval.py --checkpoint out/demo/orl --watch        # one episode, here; --seed picks which
+    python eval.py --check                                  # does this machine have what is needed?
 
 Nothing is selected on test: every evaluation of a test split is recorded in results/test_log.jsonl with its
 reason.
@@ -9,8 +11,9 @@ reason.
 
 import functools
 import json
+import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +27,7 @@ import scores
 import scripted
 from acting import Policy
 from candidates import BestOfK
+from check import check
 from critic import load_critics
 from data import Episode, write_episodes
 from envs import EnvName, EnvPool, StepResult, read_panel
@@ -31,6 +35,7 @@ from hierarchy import Counts, Ends, Guided, Player, rollout
 from model import file_hash, fingerprint, lm_of, load_backbone, load_policy
 from plan_execute import PlanExecute, TurnPlayer
 from run import fail, pick_device, provenance
+from watch import Watched
 
 RESULTS = Path(__file__).parent / "results"
 HELD_OUT = ("test", "valid_unseen")  # every evaluation of these is recorded
@@ -38,8 +43,10 @@ HELD_OUT = ("test", "valid_unseen")  # every evaluation of these is recorded
 
 @dataclass(frozen=True)
 class Config:
-    out: Path  # folder: writes <out>/results/<name>.json and <out>/episodes/<name>.jsonl
-    name: str  # of the row
+    out: Path = Path("out/eval")  # folder: writes <out>/results/<name>.json and <out>/episodes/<name>.jsonl
+    name: str = ""  # of the row; by default that of the checkpoint's folder, or the agent's
+    watch: bool = False  # play one episode of the panel in the terminal and write nothing; --seed picks it
+    check: bool = False  # only say whether this machine has what is needed, and how to mend it
     agent: Literal["policy", "zero-shot", "random", "gold", "oracle"] = (
         "policy"  # zero-shot: the backbone without an adapter
     )
@@ -85,6 +92,11 @@ def expert_episodes(config: Config, panel: list) -> list[Episode]:
     return [played[episode] for episode in panel]
 
 
+def best_of(model, tokenizer, config: Config) -> BestOfK:
+    critics = load_critics(config.checkpoint / "critic.safetensors", lm_of(model).config.hidden_size)
+    return BestOfK(model, tokenizer, critics.to(next(model.parameters()).device), config.candidates)
+
+
 def play(config: Config, panel: list, pool: EnvPool, counts: Counts) -> tuple[list[Episode], dict]:
     """The episodes of the panel in its order, and what is known of the agent."""
     meta, judge = {"stage": config.agent, "history": "progress"}, annotate.rules(config.env).judge
@@ -92,11 +104,13 @@ def play(config: Config, panel: list, pool: EnvPool, counts: Counts) -> tuple[li
     def make(place: int, episode: Episode, first: StepResult, *usual) -> Player:
         if meta.get("format") == "plan-execute":
             return TurnPlayer(episode, first, config.seed, judge)
+        if config.watch:
+            return Watched(episode, first, *usual, value=value)
         kind = functools.partial(Guided, expert=experts[place], guide=config.guide) if experts else Player
         return kind(episode, first, *usual)
 
     experts = expert_episodes(config, panel) if config.guide != "none" else []
-
+    value = None  # of a decision, for --watch
     if config.agent == "random":
         stream = scripted.play_random(pool, panel, config.env, config.seed)
     elif config.agent in ("gold", "oracle"):
@@ -107,26 +121,35 @@ def play(config: Config, panel: list, pool: EnvPool, counts: Counts) -> tuple[li
             model, tokenizer, meta = load_policy(config.checkpoint, device)
             if config.candidates > 1 and meta.get("features") == "frozen":
                 raise ValueError("these critics read features without the adapter: leave out --candidates")
+            if config.watch and meta.get("format") == "plan-execute":
+                raise ValueError("--watch shows planner, executor and progress: this policy has one role")
+            trained = (config.checkpoint / "critic.safetensors").exists()
+            if config.watch and trained and meta.get("features") != "frozen":
+                scorer = best_of(model, tokenizer, config)
+                value = lambda request, answer: scorer.values(request, [answer]).item()  # noqa: E731
         else:
             model, tokenizer = load_backbone(config.model, device)
             meta |= {"model": config.model, "base": fingerprint(model, tokenizer)}
         kind = PlanExecute if meta.get("format") == "plan-execute" else Policy
         policy = kind(model.eval(), tokenizer, config.temperature)
         if config.candidates > 1:
-            critics = load_critics(config.checkpoint / "critic.safetensors", lm_of(model).config.hidden_size)
-            policy = BestOfK(model, tokenizer, critics.to(device), config.candidates)
+            policy = best_of(model, tokenizer, config)
         stream = rollout(
             pool, panel, policy, judge, env=config.env,
             history=meta["history"], ends=ends_of(config, meta),
             max_actions=annotate.max_actions(config.env, config.max_actions),
             seed=config.seed, source=meta["stage"], counts=counts, make=make,
         )  # fmt: skip
-    played = {(e.task, e.variation): e for e in tqdm(stream, total=len(panel), desc=config.name)}
+    bar = tqdm(stream, total=len(panel), desc=config.name, disable=config.watch)
+    played = {(e.task, e.variation): e for e in bar}
     return [played[episode] for episode in panel], meta
 
 
 def main(config: Config) -> dict:
     torch.set_num_threads(config.threads or torch.get_num_threads())
+    if config.check:
+        raise SystemExit(not check())
+    config = replace(config, name=config.name or (config.checkpoint or Path(config.agent)).name)
     if config.agent == "policy" and config.checkpoint is None:
         raise ValueError("--agent policy needs --checkpoint FOLDER: train one with train_sft.py")
     if config.split in HELD_OUT and not config.reason:
@@ -135,10 +158,15 @@ def main(config: Config) -> dict:
         raise ValueError("--candidates needs --agent policy, and --temperature 0: it samples at 1 by itself")
     if config.guide != "none" and config.agent != "policy":
         raise ValueError("--guide replaces one level of a policy: it needs --agent policy")
+    if config.watch and config.agent not in ("policy", "zero-shot"):
+        raise ValueError("--watch shows a model at play: leave out --agent, or use --agent zero-shot")
     panel = read_panel(config.env, config.panel, config.split, config.limit)
+    panel = [random.Random(config.seed).choice(panel)] if config.watch else panel
     counts, began = Counts(), time.time()
     with EnvPool(config.env, config.slots, config.workers, config.max_steps) as pool:
         episodes, meta = play(config, panel, pool, counts)
+    if config.watch:
+        return {"scores": [e.score for e in episodes]}
     steps = sum(len(e.turns) for e in episodes)
     tokens = {
         role: {

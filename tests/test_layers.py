@@ -16,7 +16,7 @@ LAYERS = [
     "alfworld_textworld batches",
     "labels scripted learner completion plan_execute "  # scripted: players without a model
     "alfworld_env",
-    "teacher viewer hiper bench_rollout renaming",
+    "teacher viewer hiper bench_rollout renaming watch show check",
     "collect train_sft train_orl train_o2o train_hiper eval plot bench demo "
     "panels/make panels/make_rooms base/pretrain recipes/compare recipes/sweep recipes/alfworld_difftest "
     "recipes/alfworld_replay recipes/curves",
@@ -27,6 +27,7 @@ ON_DEMAND = {  # make_world loads a world only when it is played; CUDA its kerne
     ("envs", "scienceworld_env"),
     ("envs", "alfworld_env"),
     ("logprob", "logprob_triton"),
+    ("data", "show"),  # python data.py --show
 }
 MODULES = [name for name in LAYER if (ROOT / f"{name}.py").exists()]
 OWN = {path.stem for path in ROOT.glob("*.py")}
