@@ -10,7 +10,7 @@ for size in "128 4 4 344" "192 4 6 512" "256 4 8 688" "256 8 8 688"; do
   read -r width layers heads feed_forward <<<"$size"
   out=out/base/${width}x$layers
   .venv/bin/python base/pretrain.py --text "$text" --out "$out" --hidden "$width" --layers "$layers" --heads "$heads" \
-    --feed-forward "$feed_forward" --minutes "$minutes" --rows 16 --threads 1
+    --feed-forward "$feed_forward" --minutes "$minutes" --rows 16 --questions 0.5 --dropout 0.1 --threads 1
   cp "$out/pretrain.json" "results/base_sizes/${width}x$layers.json"
   cp "$out/pretrain_log.csv" "results/base_sizes/${width}x$layers.csv"
 done

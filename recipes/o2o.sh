@@ -20,7 +20,8 @@ planner="--temperature 0.5 --planning-ratio 1.4 --explore 0.1 --give-up 6"
 
 [ "$base" = base ] || [ -f "$base/pretrain.json" ] || {
   $python collect.py --source explore --panel without --max-steps 40 --out out/o2o/explore.jsonl
-  $python base/pretrain.py --text out/o2o/explore.jsonl --out $base --tokens 14e6 --rows 16 --threads "${THREADS:-2}"
+  $python base/pretrain.py --text out/o2o/explore.jsonl --out $base --tokens 30e6 --threads "${THREADS:-2}" \
+    --words "${WORDS:-/usr/share/dict/american-english-small}"  # apt install wamerican-small, or any list
 }
 start() { # folder, flags of SFT: to the checkpoint that goes online
   [ ! -f "$out/$1/orl/policy.json" ] || return 0
