@@ -93,6 +93,7 @@ def expert_episodes(config: Config, panel: list) -> list[Episode]:
 
 
 def best_of(model, tokenizer, config: Config) -> BestOfK:
+    """The policy with the critics of its checkpoint."""
     critics = load_critics(config.checkpoint / "critic.safetensors", lm_of(model).config.hidden_size)
     return BestOfK(model, tokenizer, critics.to(next(model.parameters()).device), config.candidates)
 
@@ -160,6 +161,8 @@ def main(config: Config) -> dict:
         raise ValueError("--guide replaces one level of a policy: it needs --agent policy")
     if config.watch and config.agent not in ("policy", "zero-shot"):
         raise ValueError("--watch shows a model at play: leave out --agent, or use --agent zero-shot")
+    if config.watch and (config.split in HELD_OUT or config.guide != "none"):
+        raise ValueError("--watch plays a policy alone on dev or valid_seen: leave out --guide, test splits")
     panel = read_panel(config.env, config.panel, config.split, config.limit)
     panel = [random.Random(config.seed).choice(panel)] if config.watch else panel
     counts, began = Counts(), time.time()

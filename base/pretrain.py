@@ -3,7 +3,7 @@
     python collect.py --source explore --panel full --limit 50 --max-steps 40 --out out/base/explore.jsonl
     python collect.py --env alfworld --source explore --max-steps 40 --out out/base/explore_alfworld.jsonl
     python base/pretrain.py --text out/base/explore.jsonl out/base/explore_alfworld.jsonl --tokens 30e6 \
-        --words /usr/share/dict/words
+        --words /usr/share/dict/american-english-small
 
 The text holds observations, random actions and questions on what was just read: no gold path and no role
 prompt, so what SFT and RL add is theirs. Resumable. `copied` says whether the model can spell a name that it

@@ -32,14 +32,16 @@ from model import hidden_states, load_backbone
 from scripted import play_gold
 
 SHORT = os.environ.get("TOUR") == "short"
-OUT = Path(os.environ.get("TOUR_OUT", ROOT / "out" / "tour"))
+OUT = Path(os.environ.get("TOUR_OUT", ROOT / "out" / ("tour-short" if SHORT else "tour")))
 OUT.mkdir(parents=True, exist_ok=True)
 
 
 def script(command: str, makes: str) -> None:
-    """Runs a script of nanoHRL, as you would in a terminal, unless what it makes is there."""
+    """Runs a script of nanoHRL, as in a terminal, unless what it makes is there; a stopped one goes on."""
     print(f"$ python {command}")
-    if not (OUT / makes).exists():
+    if command.startswith("train_") and (OUT / makes).with_name("config.json").exists():
+        command += " --resume"
+    if command.startswith("collect.py") or not (OUT / makes).exists():  # collect.py keeps what it has
         where = {"cwd": ROOT, "stdout": subprocess.DEVNULL if SHORT else None}
         subprocess.run([sys.executable, *shlex.split(command)], check=True, **where)
 

@@ -1,6 +1,7 @@
 """What a student looks at: an episode while it is played, decisions with masks, what a machine lacks."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,3 +120,6 @@ def test_the_check_plays_both_worlds_and_counts_official_games(monkeypatch):
 def test_watching_needs_a_model():
     with pytest.raises(ValueError, match="--watch shows a model at play"):
         evaluation.main(evaluation.Config(agent="random", watch=True))
+    for more in ({"split": "test", "reason": "to look"}, {"guide": "planner"}):
+        with pytest.raises(ValueError, match="--watch plays a policy alone on dev or valid_seen"):
+            evaluation.main(evaluation.Config(checkpoint=Path("none"), watch=True, **more))
