@@ -1,7 +1,7 @@
 """Diagnostics of RL: each level's numbers, and alarms in plain words when they collapse.
 
 A critic is held against the Monte-Carlo returns of the data, the weights against their effective sample size
-(Kish), the policy against the one that sampled the rollouts. docs/metrics.md has every equation and healthy
+(Kish), the policy against the one that sampled the rollouts. docs/train_orl.md has every equation and healthy
 range. What this file does not do: change anything that is learned.
 """
 

@@ -38,7 +38,7 @@ class Config:
 FIELDS = """benchmark panel split agent stage checkpoint seeds episodes max_steps macro_mean ci95 success_rate
     per_type tokens_per_decision tokens_per_step parse_failure_rate command commit hardware minutes""".split()
 STAGES = ("random", "zero-shot", "sft", "orl", "o2o", "hiper", "gold")  # order of the rows
-CHARTS = {  # quantity -> what to look for; also the order of the charts. docs/metrics.md says more
+CHARTS = {  # quantity -> what to look for; also the order of the charts. docs/train_*.md say more
     "loss": "mean negative log-likelihood per answer token: falls, then flattens",
     "v_loss": "expectile loss of V: small and flat once the critics are warm",
     "q_loss": "squared TD error of Q: falls, never drifts up",

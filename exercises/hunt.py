@@ -4,7 +4,7 @@
 
 The code is copied to out/hunt/3/code with the fault in one of its files, and trained from the same SFT policy
 on the same data as the sound code in out/hunt/0. Printed are the numbers of both runs: which cannot be,
-and what would make them so? docs/metrics.md says what each one is; `diff` of the folders tells the answer.
+and what would make them so? docs/train_orl.md says what each one is; `diff` of the folders tells the answer.
 """
 
 import csv

@@ -1,7 +1,9 @@
 """README.md and docs/: what they name exists, what exists is named."""
 
 import ast
+import importlib
 import re
+import shlex
 from dataclasses import fields
 from fnmatch import fnmatch
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
+import tyro
 from test_mutations import CASES
 
 from data import LEVELS, Credit
@@ -20,6 +23,7 @@ from readings import PRESETS, RLConfig
 ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
 MAP = PAGES["paper_map.md"]
+METRICS = "\n".join(PAGES[f"train_{name}.md"] for name in ("sft", "orl", "o2o", "hiper"))
 GROUPS = {"rl": RLConfig, "credit": Credit}
 FIELDS = [(cls, f.name) for cls in GROUPS.values() for f in fields(cls)]
 
@@ -113,17 +117,58 @@ def test_the_paper_map_names_every_fault_of_a_release_that_is_put_back():
             assert f"*{case.fault}*" in line, f"{number} does not name {case.fault!r}"
 
 
-def test_metrics_md_names_exactly_the_quantities_that_a_step_can_log():
+def test_pages_name_exactly_the_quantities_that_a_step_can_log():
     rows = {"level": torch.tensor([0, 0, 0, 0]), "expert": torch.tensor([True, True, False, False])}
     numbers = torch.tensor([-1.0, -2.0, -3.0, -5.0])
     d = Decisions(**{name: rows.get(name, numbers) for name in Decisions._fields})
     made = set(losses(d, RLConfig(conservative=1.0, actor="td3_bc"), 4)) | set(level_quantities(d, "sum"))
-    found = re.findall(r"`(level|actor|critic|" + "|".join(LEVELS) + r")/([\w*]+)`", PAGES["metrics.md"])
+    found = re.findall(r"`(level|actor|critic|" + "|".join(LEVELS) + r")/([\w*]+)`", METRICS)
     named = {quantity for level, quantity in found if level not in ("actor", "critic")} - {"logp_held"}
     assert {name for name in made if not any(fnmatch(name, pattern) for pattern in named)} == set()
     assert {pattern for pattern in named if not any(fnmatch(name, pattern) for name in made)} == set()
     assert {name for name in found if name[0] in ("actor", "critic")} == {
         ("actor", "grad_norm"), ("critic", "grad_norm")
     }  # fmt: skip
-    of_play = set(re.findall(r"`play/(\w+)`", PAGES["metrics.md"]))
+    of_play = set(re.findall(r"`play/(\w+)`", METRICS))
     assert set(ALARMS) <= made and set(PLAY_ALARMS) <= of_play
+
+
+def printed_commands() -> dict[str, str]:
+    """Every `python <script> ...` that a page or the head of a script says to type -> where it stands."""
+    texts = PAGES | {"base/README.md": (ROOT / "base" / "README.md").read_text()}
+    scripts = [
+        path for folder in (".", "recipes", "base", "exercises") for path in (ROOT / folder).glob("*.py")
+    ]
+    texts |= {path.name: ast.get_docstring(ast.parse(path.read_text())) or "" for path in scripts}
+    found = {}
+    for name, text in texts.items():
+        for line in text.replace("\\\n", " ").splitlines() + re.findall("`([^`\n]+)`", text):
+            if (
+                line.lstrip().startswith("python ")
+                and ".py" in line
+                and not re.search(r"python -m|\.\.\. |FILE|NAME|FOLDER", line)
+            ):
+                found[line.strip()] = name
+    return found
+
+
+@pytest.mark.parametrize(("command", "page"), printed_commands().items())
+def test_every_printed_command_is_one_that_its_script_understands(command, page, monkeypatch):
+    _, script, *flags = shlex.split(command, comments=True)
+    assert (ROOT / script).exists(), page
+    script = "show.py" if script == "data.py" else script  # data.py hands over to it
+    if "class Config" in (ROOT / script).read_text():
+        monkeypatch.syspath_prepend((ROOT / script).parent)
+        module = importlib.import_module(Path(script).stem)
+        tyro.cli(module.Config, args=flags)  # a flag that does not exist ends the test
+
+
+@pytest.mark.parametrize("page", [*PAGES, "base/README.md"])
+def test_every_file_that_a_page_links_to_exists(page):
+    path = ROOT / page if "/" in page or page == "README.md" else ROOT / "docs" / page
+    for link in re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", path.read_text()):
+        assert (path.parent / link).exists(), link
+    for file in re.findall(
+        r"`((?:results|recipes|docs|panels|exercises|notebooks)/[\w./-]+\.\w+)`", path.read_text()
+    ):
+        assert (ROOT / file).exists(), file
