@@ -33,8 +33,8 @@ EXPERTS = ("gold", "recorded", "oracle")
 @dataclass(frozen=True)
 class Config:
     out: Path  # JSONL file to write, or to go on with
-    source: Literal["gold", "recorded", "oracle", "policy", "explore"] = (
-        "gold"  # who plays; recorded and oracle: ALFWorld only
+    source: Literal["gold", "recorded", "oracle", "policy", "explore", "practice"] = (
+        "gold"  # who plays; recorded and oracle: ALFWorld only; practice: exploration, with its subtasks
     )
     env: EnvName = "scienceworld"  # which text world; alfworld is the fast engine
     panel: str = (
@@ -90,8 +90,10 @@ def play(pool: EnvPool, panel: list, config: Config, repeat: int) -> Iterator[Ep
     """The episodes of one pass over the panel."""
     if config.source in EXPERTS:
         return annotated_gold(pool, panel, config)
-    if config.source == "explore":
-        return scripted.play_explore(pool, panel, config.env, episode_seed(config.seed, repeat))
+    if config.source in ("explore", "practice"):
+        practice, seed = config.source == "practice", episode_seed(config.seed, repeat)
+        explored = scripted.play_explore(pool, panel, config.env, seed, practice)
+        return map(annotate.annotate, explored) if practice else explored
     model, tokenizer, meta = load_policy(config.checkpoint, pick_device(config.device))
     refuse_format(config.checkpoint, meta, "roles")
     return rollout(

@@ -38,7 +38,7 @@ class Config:
 # Per world: the split that is evaluated, and what is said to the scripts besides.
 SPLIT = {"scienceworld": "dev", "alfworld": "valid_seen"}
 WORKERS = {"scienceworld": "", "alfworld": "--workers 0"}
-SFT = {"scienceworld": "", "alfworld": "--epochs 1.5 --shares 1 2 2"}
+SFT = {"scienceworld": "--rename 0.5", "alfworld": "--epochs 1.5 --shares 1 2 2"}
 ORL = {"scienceworld": "", "alfworld": "--warmup-steps 200 --steps 260"}
 ROLLOUTS = {"scienceworld": "--limit 20", "alfworld": "--limit 40 --workers 0"}
 

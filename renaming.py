@@ -24,6 +24,14 @@ def visible(episode: Episode) -> list[str]:
     return sorted(names - rooms)
 
 
+def vocabulary(tokenizer) -> list[str]:
+    """Words for new names: pieces of the tokenizer in plain letters, and as many of two such pieces."""
+    pieces = {tokenizer.decode([i]).strip() for i in range(len(tokenizer))}
+    pieces = sorted(piece for piece in pieces if re.fullmatch("[a-z]{2,10}", piece))
+    rng = random.Random(0)
+    return pieces + [rng.choice(pieces) + rng.choice(pieces) for _ in pieces]
+
+
 def new_names(names: list[str], words: list[str], rng: random.Random) -> dict[str, str]:
     """About half of `names` -> another name each, of one or two real `words` or invented ones."""
     new = {}

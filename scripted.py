@@ -121,8 +121,11 @@ def play_explore_admissible(pool: EnvPool, panel: list, env: str, seed: int) -> 
     return play(pool, panel, env, f"explore-{seed}", choose, look_up="valid_actions")
 
 
-def play_explore(pool: EnvPool, panel: list, env: str, seed: int) -> Iterator[Episode]:
-    """Random actions on things in view: text about the world without any gold action."""
+def play_explore(pool: EnvPool, panel: list, env: str, seed: int, practice=False) -> Iterator[Episode]:
+    """Random actions on things in view: text about the world without any gold action.
+
+    practice: who opened a door mostly goes through it, who went through one often goes on to the next room.
+    """
     if env.startswith("alfworld"):
         return play_explore_admissible(pool, panel, env, seed)
 
@@ -134,13 +137,21 @@ def play_explore(pool: EnvPool, panel: list, env: str, seed: int) -> Iterator[Ep
         held = visible_names(inventory)
         names = visible_names(room) + held or ["air"]
         template = rng.choices(list(TEMPLATES), list(TEMPLATES.values()))[0]
+        doors = re.findall(r"(\w[\w ]*) (open|closed)(?:;|$)", room.partition("doors: ")[2])
+        if practice and episode.turns and rng.random() < 0.6:
+            before = episode.turns[-1]
+            opened = before.action.removeprefix("open door to ")
+            if (opened, "open") in doors and opened != before.action:
+                return f"go to {opened}"
+            came_from = prompts.split_obs(before.obs)[1].partition(":")[0]
+            if before.action.startswith("go to ") and len(doors) > 1:
+                template, doors = "go", [door for door in doors if door[0] != came_from]
         if template == "go":
-            doors = re.findall(r"([\w ]+) (open|closed)(?:;|$)", room.partition("doors: ")[2])
             if not doors:
                 return "look around"
             door, state = rng.choice(doors)
-            return f"go to {door.strip()}" if state == "open" else f"open door to {door.strip()}"
+            return f"go to {door}" if state == "open" else f"open door to {door}"
         action = re.sub(r"\bI\b", lambda _: rng.choice(held or names), template)
         return re.sub(r"\bA\b", lambda _: rng.choice(names), action)
 
-    return play(pool, panel, env, f"explore-{seed}", choose)
+    return play(pool, panel, env, f"{'practice' if practice else 'explore'}-{seed}", choose)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from acting import Policy
 from annotate import flat
 from batches import Mixture, collate, micro_batches
-from data import LEVELS, Transition, read_episodes, transitions
+from data import LEVELS, Episode, Transition, read_episodes, transitions
 from logprob import head_weight, sequence_logprobs
 from model import (
     add_lora,
@@ -34,7 +34,7 @@ from model import (
 )
 from plan_execute import TurnBatch, by_length, expert_turns
 from plan_execute import collate as collate_turns
-from renaming import new_names, rename, visible
+from renaming import new_names, rename, visible, vocabulary
 from run import Run, fail, own_share, pick_device, sum_gradients, sum_over_processes
 
 
@@ -51,6 +51,7 @@ class Config:
     targets: Literal["all", "attention"] = "all"  # linear layers that get LoRA; the papers use attention only
     epochs: float = 3.0  # decisions drawn, in units of the dataset; 0 saves the untrained adapter
     shares: tuple[float, float, float] = (2.0, 2.0, 1.0)  # of planner, executor and progress in what is drawn
+    practice: Path | None = None  # collect.py --source practice: executor and progress learn from it too
     rename: float = 0.0  # probability that a decision is shown under other names of the things in its prompt
     batch_size: int = 64  # decisions per step
     lr: float = 3e-3  # peak AdamW step size, decayed linearly to a tenth (papers: 1e-4 for 7-8B)
@@ -64,19 +65,36 @@ class Config:
     resume: bool = False  # go on with an interrupted run
 
 
-def by_level_and_task(decisions: list[Transition], shares: tuple[float, float, float]) -> tuple[dict, dict]:
+def hindsight(episode: Episode, history: str) -> list[Transition]:
+    """Executor's and progress's decisions in the subtasks that exploration happened to complete.
+
+    Whatever was done is a good example of how to do just that (HER, arXiv:1707.01495).
+    """
+    done = [s for s in episode.segments if episode.turns[s.end - 1].verified_done]
+    kept = {turn for s in done for turn in range(s.start, s.end)}
+    return [t for t in transitions(episode, history) if t.level != "planner" and t.turn in kept]
+
+
+def by_level_and_task(
+    decisions: list[Transition], shares: tuple[float, float, float], practice: list[Transition] = ()
+) -> tuple[dict, dict]:
     """Pools and ratios for a Mixture: levels at `shares`, and within a level every task type alike.
 
     GLIDER too resamples every type to as many episodes; else types with few variations are hardly seen.
+    practice: decisions that make up half of what is drawn at their level.
     """
     pools = {}
     for decision in decisions:
-        pools.setdefault(f"{decision.level}/{decision.episode_id.split('/')[1]}", []).append(decision)
-    types = Counter(name.split("/")[0] for name in pools)
+        pools.setdefault((decision.level, decision.episode_id.split("/")[1]), []).append(decision)
+    types, practised = Counter(level for level, _ in pools), {t.level for t in practice}
     ratio = {
-        name: shares[LEVELS.index(level)] / types[level] for name in pools for level in [name.split("/")[0]]
+        (level, task): shares[LEVELS.index(level)] / types[level] / (2 if level in practised else 1)
+        for level, task in pools
     }
-    return pools, ratio
+    for level in sorted(practised):
+        pools[level, "practice"] = [t for t in practice if t.level == level]
+        ratio[level, "practice"] = shares[LEVELS.index(level)] / 2
+    return {"/".join(key): pool for key, pool in pools.items()}, {"/".join(k): r for k, r in ratio.items()}
 
 
 def renamed(t: Transition, names: list[str], words: list[str], rng: random.Random) -> Transition:
@@ -108,8 +126,12 @@ def main(config: Config) -> None:
         refuse_checkpointing(config.adapters)
     if config.plan_execute and (config.adapters != "shared" or config.flat or config.history != "progress"):
         raise ValueError("--plan-execute is one policy: leave out --adapters separate, --flat and --history")
-    if config.plan_execute and config.rename:
-        raise ValueError("--rename knows decisions of the three roles: leave it out with --plan-execute")
+    if config.plan_execute and (config.rename or config.practice):
+        raise ValueError("--rename and --practice know three roles: leave them out with --plan-execute")
+    if config.practice and config.flat:
+        raise ValueError(
+            "--practice shows subtasks, of which a flat agent has none: leave it out with --flat"
+        )
     device = pick_device(config.device)
     lm, tokenizer = load_backbone(config.model, device, config.gradient_checkpointing)
     if config.rank == 0:
@@ -129,10 +151,13 @@ def main(config: Config) -> None:
             for t in transitions(flat(e) if config.flat else e, config.history, flat=config.flat)
         ]
         count, counts = len(decisions), Counter(t.level for t in decisions)
-        sampler = Mixture(*by_level_and_task(decisions, config.shares), config.seed)
+        practised = read_episodes(config.practice) if config.practice else []
+        practice = [t for e in practised for t in hindsight(e, config.history)]
+        sampler = Mixture(*by_level_and_task(decisions, config.shares, practice), config.seed)
+        episodes += practised
 
     names = {e.id: visible(e) for e in episodes} if config.rename else {}
-    words = sorted({word for seen in names.values() for name in seen for word in name.split()})
+    words = vocabulary(tokenizer) if config.rename else []
 
     def losses(items: list) -> Iterator[torch.Tensor]:
         """The parts of the loss of a batch, one forward each."""

@@ -113,7 +113,10 @@ def scienceworld() -> None:
             everything,
             "all 30 types" + ("" if split == "train" else ", the first 10 of each"),
         )
-    write("demo", demo, "train", dict.fromkeys(demo, 40), "8 types, the first 40 variations of each")
+    for split, most in {"train": 40, "dev": 5}.items():
+        some = spread(demo, split, most)
+        note = f"8 types, {most} variations of each, evenly spaced"
+        write("demo", some, split, dict.fromkeys(demo, most), note)
     base = {task: s for task, s in full.items() if task not in FAMILIES}
     write("without", base, "train", dict.fromkeys(base, 50), "all types but the held-out ones, 50 of each")
     for held_out, family in FAMILIES.items():
@@ -122,7 +125,6 @@ def scienceworld() -> None:
         write(f"{held_out}-family", offline, "train", dict.fromkeys(rest, 60), f"without {held_out}, {note}")
         write(held_out, own, "train", {held_out: 10_000}, "a held-out type, for online training")
         write(held_out, dev, "dev", {held_out: 50}, f"a held-out type, {note}")
-    write("demo", demo, "dev", dict.fromkeys(demo, 5), "8 types, the first 5 variations of each")
 
 
 if __name__ == "__main__":
