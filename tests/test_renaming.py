@@ -57,5 +57,5 @@ def test_a_decision_keeps_its_sense_and_what_its_prompt_does_not_name_keeps_its_
 
 
 def test_renaming_needs_decisions_of_roles(tmp_path):
-    with pytest.raises(ValueError, match="leave it out with --plan-execute"):
+    with pytest.raises(ValueError, match="leave them out with --plan-execute"):
         train_sft.main(train_sft.Config(tmp_path, tmp_path / "out", rename=0.5, plan_execute=True))

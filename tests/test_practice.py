@@ -1,0 +1,108 @@
+"""Practice: exploration whose subtasks, named afterwards, teach the executor (collect.py, train_sft.py)."""
+
+import random
+import re
+
+import pytest
+
+import annotate
+import collect
+import scripted
+import train_sft
+from batches import Mixture
+from data import Episode, Segment, Transition, Turn, read_episodes
+from envs import EnvPool, read_panel
+from renaming import vocabulary
+
+PANEL = [("find-animal", 0), ("find-plant", 0)]
+
+
+@pytest.fixture(scope="module")
+def played() -> dict[bool, list[Episode]]:
+    """The same episodes, explored and practised, in the real simulator."""
+    with EnvPool("scienceworld", 2, workers=1, max_steps=40) as pool:
+        return {
+            practice: list(scripted.play_explore(pool, PANEL, "scienceworld", 0, practice))
+            for practice in (False, True)
+        }
+
+
+def test_who_practises_goes_through_the_doors_it_opens_and_on(played):
+    def walks(episodes):
+        actions = [t.action for e in episodes for t in e.turns]
+        return sum(a.startswith("go to ") for a in actions), re.findall(
+            r"open door to ([\w ]+)\ngo to \1\n", "\n".join(actions) + "\n"
+        )
+
+    moves, through = walks(played[False])
+    more_moves, more_through = walks(played[True])
+    assert more_moves > moves and len(more_through) > 2 * len(through)
+
+
+def test_hindsight_keeps_what_was_verified_and_no_plans(played):
+    episodes = [annotate.annotate(e) for e in played[True]]
+    found = [t for e in episodes for t in train_sft.hindsight(e, "progress")]
+    assert {t.level for t in found} == {"executor", "progress"}
+    segments = [(e, s) for e in episodes for s in e.segments]
+    done = [(e, s) for e, s in segments if e.turns[s.end - 1].verified_done]
+    assert 0 < len(done) < len(segments)
+    assert sum(t.level == "executor" for t in found) == sum(s.end - s.start for _, s in done)
+    answers = [t.completion for t in found if t.level == "executor"]
+    assert sum(a.endswith("; True") for a in answers) == len(done), "each of them ends with a claim"
+
+
+def test_hindsight_by_hand():
+    turns = [
+        Turn("o1", "open door", "", 0.0, False, False, "go to the hall", "None"),
+        Turn("o2", "go to hall", "", 0.0, False, False, "go to the hall", "open.", True, True),
+        Turn("o3", "mix air", "", 0.0, False, True, "mix the air", "None", True, False),
+    ]
+    segments = [Segment("go to the hall", 0, 2, "in the hall."), Segment("mix the air", 2, 3, "nothing.")]
+    episode = Episode("scienceworld", "boil", 0, "d", turns, segments, "o4")
+    found = train_sft.hindsight(episode, "progress")
+    assert [(t.level, t.turn) for t in found] == [
+        ("executor", 0), ("progress", 0), ("executor", 1), ("progress", 1)
+    ]  # fmt: skip
+    assert [t.completion for t in found if t.level == "executor"] == [
+        " open door; False", " go to hall; True"
+    ]  # fmt: skip
+
+
+def test_practice_is_half_of_what_is_drawn_at_its_levels():
+    def decision(level, task):
+        return Transition(
+            level, "p", " a", [], [], 0.0, 1, True, False, "", level, "expert", f"expert/{task}/0", 0
+        )
+
+    experts = [decision(level, task) for level in ("planner", "executor", "progress") for task in ("a", "b")]
+    practice = [decision(level, "explored") for level in ("executor", "progress")]
+    pools, ratio = train_sft.by_level_and_task(experts, (2.0, 2.0, 1.0), practice)
+    assert ratio == {
+        "planner/a": 1.0, "planner/b": 1.0, "executor/a": 0.5, "executor/b": 0.5, "executor/practice": 1.0,
+        "progress/a": 0.25, "progress/b": 0.25, "progress/practice": 0.5,
+    }  # fmt: skip
+    drawn = [t.episode_id for t in Mixture(pools, ratio, 0).batch(100) if t.level == "executor"]
+    assert drawn.count("expert/explored/0") == 20 and len(drawn) == 40
+
+
+def test_practice_is_collected_with_subtasks_and_needs_a_hierarchy(tmp_path):
+    file = tmp_path / "practice.jsonl"
+    collect.main(collect.Config(file, "practice", limit=1, max_steps=6, slots=8, workers=1, threads=1))
+    episodes = read_episodes(file)
+    assert len(episodes) == len({task for task, _ in read_panel("scienceworld", "demo", "train")})
+    assert all(e.segments and e.source.startswith("practice") for e in episodes)
+    for flag in ("flat", "plan_execute"):
+        with pytest.raises(ValueError, match="--practice"):
+            train_sft.main(train_sft.Config(file, tmp_path / "out", practice=file, **{flag: True}))
+
+
+def test_the_words_of_new_names_are_letters_that_the_tokenizer_spells():
+    class Letters:
+        def __len__(self):
+            return 4
+
+        def decode(self, ids):
+            return [" mug", "##", "ing", "A"][ids[0]]
+
+    assert vocabulary(Letters())[:2] == ["ing", "mug"] and len(vocabulary(Letters())) == 4
+    assert random.Random(0).choice(vocabulary(Letters())) in "mugmug ingmug muging inging mug ing".split()
