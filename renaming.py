@@ -25,11 +25,9 @@ def visible(episode: Episode) -> list[str]:
 
 
 def vocabulary(tokenizer) -> list[str]:
-    """Words for new names: pieces of the tokenizer in plain letters, and as many of two such pieces."""
-    pieces = {tokenizer.decode([i]).strip() for i in range(len(tokenizer))}
-    pieces = sorted(piece for piece in pieces if re.fullmatch("[a-z]{2,10}", piece))
-    rng = random.Random(0)
-    return pieces + [rng.choice(pieces) + rng.choice(pieces) for _ in pieces]
+    """Words for new names: the pieces of the tokenizer that begin a word, in plain letters."""
+    pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    return sorted({p[1:] for p in pieces if re.fullmatch("[Ġ▁][a-z]{3,}", p)})
 
 
 def new_names(names: list[str], words: list[str], rng: random.Random) -> dict[str, str]:

@@ -151,6 +151,7 @@ def play_explore(pool: EnvPool, panel: list, env: str, seed: int, practice=False
                 return "look around"
             door, state = rng.choice(doors)
             return f"go to {door}" if state == "open" else f"open door to {door}"
+        template = "drop I" if practice and template == "put down I" else template  # as experts say it
         action = re.sub(r"\bI\b", lambda _: rng.choice(held or names), template)
         return re.sub(r"\bA\b", lambda _: rng.choice(names), action)
 

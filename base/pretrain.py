@@ -115,6 +115,27 @@ def train_tokenizer(documents: list[str], vocab: int) -> PreTrainedTokenizerFast
     )
 
 
+def pruned(
+    tokenizer: PreTrainedTokenizerFast, tokens: torch.Tensor, share: float = 1 / 15_000
+) -> PreTrainedTokenizerFast:
+    """Without the merges whose piece is rarer than `share` of `tokens` (N,) and no part of a common one.
+
+    The embedding of a rare piece stays as it began, so its word can be neither read, copied nor written;
+    spelled with common pieces it can. The numbers of the pieces stay.
+    """
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    count = torch.bincount(tokens, minlength=len(model["vocab"]))
+    made = {first + second: (first, second) for first, second in model["merges"]}
+    wanted = [piece for piece in made if count[model["vocab"][piece]] >= share * len(tokens)]
+    kept = set()
+    while wanted:
+        kept.add(piece := wanted.pop())
+        wanted += [part for part in made[piece] if part in made and part not in kept]
+    merges = [pair for piece, pair in made.items() if piece in kept]
+    tokenizer.backend_tokenizer.model = models.BPE(vocab=model["vocab"], merges=merges)
+    return tokenizer
+
+
 def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str], dropout: float = 0.0) -> list[list[int]]:
     """Documents as ids between BOS and EOS, each merge left out with probability `dropout` (BPE-dropout).
 
@@ -195,6 +216,7 @@ def main(config: Config) -> None:
     else:
         rng = random.Random(config.seed)
         tokenizer = train_tokenizer([document(e, rng, config.questions) for e in episodes], config.vocab)
+        tokenizer = pruned(tokenizer, stream(episodes, tokenizer, words, config, 0)[0])
         tokenizer.save_pretrained(config.out)
     unseen, _ = stream(held_out, tokenizer, words, config, 0)
     unseen = unseen[: len(unseen) // config.context * config.context].view(-1, config.context)

@@ -117,3 +117,15 @@ def test_a_single_episode_is_refused_since_one_is_held_out(tmp_path):
         write_episodes(tmp_path / "one.jsonl", scripted.play_explore(pool, panel, "alfworld", seed=0))
     with pytest.raises(ValueError, match="1 episodes in --text, expected 2 or more"):
         pretrain.main(pretrain.Config((tmp_path / "one.jsonl",), tmp_path / "base", threads=1))
+
+
+def test_rare_pieces_are_spelled_with_common_ones_and_parts_of_common_ones_stay():
+    tokenizer = pretrain.train_tokenizer(["the mug on the mat"] * 300 + ["a zebra"] * 3, 300)
+    before, text = tokenizer.tokenize(" zebra"), "the zebra on the mat"
+    tokens = torch.tensor(tokenizer(["the mug on the mat"] * 300 + ["a zebra"]).input_ids[0] * 300)
+    tokens = torch.cat([tokens, torch.tensor(tokenizer(" zebra").input_ids)])
+    assert before == ["Ġzebra"] and tokenizer.tokenize(" mug") == ["Ġmug"]
+    tokenizer, size = pretrain.pruned(tokenizer, tokens, share=1 / 100), len(tokenizer)
+    assert tokenizer.tokenize(" zebra") == ["Ġ", "z", "e", "b", "r", "a"], "its own parts are rare too"
+    assert tokenizer.tokenize(" mug mat") == ["Ġmug", "Ġmat"], "common, and what it is made of"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text and len(tokenizer) == size
