@@ -2,6 +2,8 @@
 
 gold paths -> SFT -> rollouts of the SFT policy -> offline RL -> offline to online -> out/demo/report.html
 
+In ScienceWorld SFT practises too: on exploration, with the subtasks that it happened to complete.
+
 `make demo ENV=alfworld` does the same in ALFWorld, on generated games: they need no download, and their
 scores are not those of the official games.
 
@@ -38,7 +40,10 @@ class Config:
 # Per world: the split that is evaluated, and what is said to the scripts besides.
 SPLIT = {"scienceworld": "dev", "alfworld": "valid_seen"}
 WORKERS = {"scienceworld": "", "alfworld": "--workers 0"}
-SFT = {"scienceworld": "--rename 0.5", "alfworld": "--epochs 1.5 --shares 1 2 2"}
+SFT = {
+    "scienceworld": "--rename 0.5 --practice {out}/practice.jsonl",
+    "alfworld": "--epochs 1.5 --shares 1 2 2",
+}
 ORL = {"scienceworld": "", "alfworld": "--warmup-steps 200 --steps 260"}
 ROLLOUTS = {"scienceworld": "--limit 20", "alfworld": "--limit 40 --workers 0"}
 
@@ -47,6 +52,7 @@ def stages(c: Config) -> list[tuple[str, str]]:
     """(file that proves the stage is done, command) in order."""
     o, common = c.out, f"--threads {c.threads} --seed {c.seed}"
     world = f"--env {c.env} --panel demo"
+    sft = SFT[c.env].format(out=o)
     evaluate = f"eval.py {world} --split {SPLIT[c.env]} {WORKERS[c.env]} --out {o} {common}"
     train = [
         (
@@ -57,7 +63,7 @@ def stages(c: Config) -> list[tuple[str, str]]:
             f"{o}/results/zero-shot.json",
             f"{evaluate} --agent zero-shot --name zero-shot --limit 1",
         ),
-        (f"{o}/sft/policy.json", f"train_sft.py --data {o}/gold.jsonl --out {o}/sft {SFT[c.env]} {common}"),
+        (f"{o}/sft/policy.json", f"train_sft.py --data {o}/gold.jsonl --out {o}/sft {sft} {common}"),
         (f"{o}/results/sft.json", f"{evaluate} --checkpoint {o}/sft --name sft"),
         (
             f"{o}/rollouts.done",
@@ -78,7 +84,8 @@ def stages(c: Config) -> list[tuple[str, str]]:
         (f"{o}/results/online.json", f"{evaluate} --checkpoint {o}/o2o --name online"),
     ]
     if c.env == "scienceworld":  # whose random row is slow to make: random_row
-        return train
+        practice = f"collect.py --source practice {world} --limit 20 --max-steps 40 --out {o}/practice.jsonl"
+        return [(f"{o}/practice.done", f"{practice} {common}"), *train]
     rows = {"random": "--agent random --name random", "expert": "--agent gold --name expert"}
     return [*train, *((f"{o}/results/{name}.json", f"{evaluate} {how}") for name, how in rows.items())]
 
