@@ -56,6 +56,7 @@ class Decision:
     turn: int  # planner: first turn of the segment; executor: its turn; progress: the turn that it folds in
     ids: list[int]
     logprobs: list[float]  # log pi of each token at temperature 1
+    value: float | None = None  # Q(s,a) by the policy's critics, where eval.py noted it
 
 
 @dataclass
@@ -86,7 +87,8 @@ class Episode:
 def _parse(cls, record: dict, where: str):
     """A dataclass from a JSON object; ValueError names what is missing or unknown."""
     names = {f.name: f for f in dataclasses.fields(cls)}
-    if not isinstance(record, dict) or set(record) != set(names):
+    needed = {name for name, f in names.items() if f.default is not None}
+    if not isinstance(record, dict) or not needed <= set(record) <= set(names):
         found = sorted(record) if isinstance(record, dict) else type(record).__name__
         raise ValueError(
             f"{where}: fields {found} are not those of {cls.__name__} {sorted(names)}; collect the file again"

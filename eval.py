@@ -13,6 +13,7 @@ import functools
 import json
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -25,11 +26,11 @@ import annotate
 import completion
 import scores
 import scripted
-from acting import Policy
+from acting import Answer, Policy, Request
 from candidates import BestOfK
 from check import check
 from critic import load_critics
-from data import Episode, write_episodes
+from data import Episode, transitions, write_episodes
 from envs import EnvName, EnvPool, StepResult, read_panel
 from hierarchy import Counts, Ends, Guided, Player, rollout
 from model import file_hash, fingerprint, lm_of, load_backbone, load_policy
@@ -111,7 +112,7 @@ def play(config: Config, panel: list, pool: EnvPool, counts: Counts) -> tuple[li
         return kind(episode, first, *usual)
 
     experts = expert_episodes(config, panel) if config.guide != "none" else []
-    value = None  # of a decision, for --watch
+    value = None  # Q of (request, answer), with critics
     if config.agent == "random":
         stream = scripted.play_random(pool, panel, config.env, config.seed)
     elif config.agent in ("gold", "oracle"):
@@ -125,7 +126,7 @@ def play(config: Config, panel: list, pool: EnvPool, counts: Counts) -> tuple[li
             if config.watch and meta.get("format") == "plan-execute":
                 raise ValueError("--watch shows planner, executor and progress: this policy has one role")
             trained = (config.checkpoint / "critic.safetensors").exists()
-            if config.watch and trained and meta.get("features") != "frozen":
+            if trained and meta.get("features") != "frozen" and meta.get("format") != "plan-execute":
                 scorer = best_of(model, tokenizer, config)
                 value = lambda request, answer: scorer.values(request, [answer]).item()  # noqa: E731
         else:
@@ -143,7 +144,19 @@ def play(config: Config, panel: list, pool: EnvPool, counts: Counts) -> tuple[li
         )  # fmt: skip
     bar = tqdm(stream, total=len(panel), desc=config.name, disable=config.watch)
     played = {(e.task, e.variation): e for e in bar}
-    return [played[episode] for episode in panel], meta
+    episodes = [played[episode] for episode in panel]
+    if value and not config.watch:
+        for first in {e.task: e for e in reversed(episodes)}.values():  # what plot.py shows
+            note_values(first, meta, value)
+    return episodes, meta
+
+
+def note_values(episode: Episode, meta: dict, value: Callable[[Request, Answer], float]) -> None:
+    """Sets Decision.value of all decisions of an episode."""
+    asked = {(t.level, t.turn): t.prompt for t in transitions(episode, meta["history"], flat=meta["flat"])}
+    for d in episode.decisions:
+        if prompt := asked.get((d.level, d.turn)):
+            d.value = round(value(Request(d.level, prompt, 0, 0), Answer("", d.ids, d.logprobs, 0)), 3)
 
 
 def main(config: Config) -> dict:

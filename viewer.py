@@ -39,9 +39,16 @@ def ending(episode: Episode, segment: Segment, ends: str = "claim") -> str:
     return text + (tag("verified", "good") if verified else tag("not verified"))
 
 
+def q_tag(episode: Episode, level: str, t: int) -> str:
+    """Q of what this level decided at turn t, where eval.py noted it."""
+    values = [d.value for d in episode.decisions if (d.level, d.turn) == (level, t) and d.value is not None]
+    return "".join(tag(f"Q {value:+.2f}") for value in values)
+
+
 def turn_item(episode: Episode, t: int) -> str:
     turn, feedback = episode.turns[t], prompts.split_obs(episode.obs_after(t))[0]
     tags = tag(f"reward {turn.reward:+.2f}", "good" if turn.reward > 0 else "bad") if turn.reward else ""
+    tags += q_tag(episode, "executor", t)
     tags += tag("says done") if turn.claimed_done else ""
     tags += tag("verified done", "good") if turn.verified_done else ""
     if turn.raw_text and not prompts.parse_executor(turn.raw_text)[2]:
@@ -53,8 +60,9 @@ def turn_item(episode: Episode, t: int) -> str:
 def segment_card(episode: Episode, index: int, segment: Segment, ends: str) -> str:
     seen = escape(prompts.render(episode.turns[segment.start].obs))
     items = "".join(turn_item(episode, t) for t in range(segment.start, segment.end))
+    tags = q_tag(episode, "planner", segment.start) + ending(episode, segment, ends)
     return f"""<section class="card">
-<h4><small>subtask {index}</small> {escape(segment.subtask)}{ending(episode, segment, ends)}</h4>
+<h4><small>subtask {index}</small> {escape(segment.subtask)}{tags}</h4>
 <details><summary>what the planner saw</summary>{seen}</details>
 <ol start="{segment.start + 1}">{items}</ol>
 <p class="handed"><small>final progress</small> {escape(segment.final_progress)}</p>

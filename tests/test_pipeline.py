@@ -32,6 +32,7 @@ from learner import Learner
 from logprob import head_weight, sequence_logprobs
 from model import hidden_states, load_policy
 from readings import PRESETS, RLConfig
+from viewer import article
 
 ROOT = Path(__file__).parent.parent
 PANEL = [("lifespan-longest-lived", 0), ("find-non-living-thing", 0)]
@@ -636,6 +637,28 @@ def test_a_result_has_exactly_the_documented_fields(w):
     assert result["scores"] == [e.score for e in episodes]
     assert result["subtasks"] == completion.summary(episodes, "claim")
     assert result["mean_steps"] == sum(len(e.turns) for e in episodes) / 2
+
+
+def test_q_of_every_decision_is_noted_and_shown_in_the_report(w):
+    evaluate(w, "valued", checkpoint=w.orl, panel="one")
+    evaluate(w, "imitator", checkpoint=w.sft, panel="one")
+    (episode,), (plain,) = (
+        read_episodes(w.root / f"eval/episodes/{name}.jsonl") for name in ("valued", "imitator")
+    )
+    policy, tokenizer, _ = load_policy(w.orl, "cpu")
+    critics = load_critics(w.orl / "critic.safetensors")
+    asked = {(t.level, t.turn): t for t in transitions(episode)}
+    assert len(episode.decisions) > 2
+    for d in episode.decisions:
+        ids = tokenizer(asked[d.level, d.turn].prompt, add_special_tokens=False).input_ids
+        row, level = torch.tensor([[tokenizer.bos_token_id, *ids, *d.ids]]), LEVELS.index(d.level)
+        with torch.no_grad():
+            hidden = hidden_states(policy, row, torch.tensor([level]))[:, -1]
+        assert d.value == pytest.approx(critics.q(hidden, torch.tensor([level])).item(), abs=2e-3)
+    text = article(episode, "valued", [])
+    shown = [d for d in episode.decisions if d.level != "progress"]
+    assert text.count(">Q ") == len(shown) and f">Q {shown[0].value:+.2f}<" in text
+    assert all(d.value is None for d in plain.decisions) and ">Q " not in article(plain, "imitator", [])
 
 
 def test_evaluating_twice_gives_the_same_scores_and_the_same_episodes(w):
