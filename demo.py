@@ -11,7 +11,6 @@ Every line that it runs is printed and can be typed by hand. An interrupted demo
 finished one starts anew.
 """
 
-import json
 import shlex
 import shutil
 import subprocess
@@ -22,9 +21,6 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-
-import scripted
-from envs import EnvPool, read_panel
 
 ROOT = Path(__file__).parent
 
@@ -83,31 +79,13 @@ def stages(c: Config) -> list[tuple[str, str]]:
         ),
         (f"{o}/results/online.json", f"{evaluate} --checkpoint {o}/o2o --name online"),
     ]
-    if c.env == "scienceworld":  # whose random row is slow to make: random_row
+    random = f"{evaluate} --agent random --name random"
+    if c.env == "scienceworld":  # one random episode of each type: listing its valid actions is slow
         practice = f"collect.py --source practice {world} --limit 20 --max-steps 40 --out {o}/practice.jsonl"
-        return [(f"{o}/practice.done", f"{practice} {common}"), *train]
-    rows = {"random": "--agent random --name random", "expert": "--agent gold --name expert"}
-    return [*train, *((f"{o}/results/{name}.json", f"{evaluate} {how}") for name, how in rows.items())]
-
-
-def random_row(c: Config) -> None:
-    """The random row, kept in results/ since it is slow to make; a few of its episodes are replayed."""
-    result = json.loads((ROOT / "results" / "random_demo_dev.json").read_text())
-    panel = read_panel("scienceworld", "demo", "dev")[::13]
-    with EnvPool("scienceworld", len(panel), workers=1, max_steps=result["max_steps"]) as pool:
-        played = {
-            (e.task, e.variation): e.score
-            for e in scripted.play_random(pool, panel, "scienceworld", result["seeds"][0])
-        }
-    recorded = dict(zip(read_panel("scienceworld", "demo", "dev"), result["scores"], strict=True))
-    for episode, score in played.items():
-        if score != recorded[episode]:
-            raise ValueError(
-                f"random agent on {episode}: {score}, recorded {recorded[episode]}; "
-                "make results/random_demo_dev.json again"
-            )
-    (c.out / "results" / "random.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(f"random: {len(played)} of {len(recorded)} recorded episodes replayed with equal scores")
+        random_row = (f"{o}/results/random.json", f"{random} --limit 1")
+        return [(f"{o}/practice.done", f"{practice} {common}"), random_row, *train]
+    expert = f"{evaluate} --agent gold --name expert"
+    return [*train, (f"{o}/results/random.json", random), (f"{o}/results/expert.json", expert)]
 
 
 def main(config: Config) -> None:
@@ -125,8 +103,6 @@ def main(config: Config) -> None:
         subprocess.run([sys.executable, *shlex.split(command), *resume], cwd=ROOT, check=True)
         if done.endswith(".done"):
             Path(done).touch()
-    if config.env == "scienceworld":
-        random_row(config)
     subprocess.run([sys.executable, "plot.py", "--run", str(config.out)], cwd=ROOT, check=True)
     print(f"{(time.time() - began) / 60:.1f} minutes in all; open {config.out}/report.html")
 
