@@ -34,6 +34,7 @@ from model import (
 )
 from plan_execute import TurnBatch, by_length, expert_turns
 from plan_execute import collate as collate_turns
+from prompts import split_obs
 from renaming import new_names, rename, visible, vocabulary
 from run import Run, fail, own_share, pick_device, sum_gradients, sum_over_processes
 
@@ -66,13 +67,21 @@ class Config:
 
 
 def hindsight(episode: Episode, history: str) -> list[Transition]:
-    """Executor's and progress's decisions in the subtasks that exploration happened to complete.
+    """What exploration teaches: the executor by the subtasks it happened to complete, progress by every turn.
 
-    Whatever was done is a good example of how to do just that (HER, arXiv:1707.01495).
+    Whatever was done is a good example of how to do just that (HER, arXiv:1707.01495), if room or inventory
+    changed by it: else a subtask would seem done where one stands. A progress policy that saw successes alone
+    would report them always.
     """
-    done = [s for s in episode.segments if episode.turns[s.end - 1].verified_done]
-    kept = {turn for s in done for turn in range(s.start, s.end)}
-    return [t for t in transitions(episode, history) if t.level != "planner" and t.turn in kept]
+    kept = set()
+    for s in episode.segments:
+        before, after = (
+            split_obs(obs)[1:] for obs in (episode.turns[s.start].obs, episode.obs_after(s.end - 1))
+        )
+        if episode.turns[s.end - 1].verified_done and before != after:
+            kept |= set(range(s.start, s.end))
+    found = transitions(episode, history)
+    return [t for t in found if t.level == "progress" or (t.level == "executor" and t.turn in kept)]
 
 
 def by_level_and_task(

@@ -53,7 +53,8 @@ class Watched(Player):
         role = self.waits_for
         note = f"Q {self.value(self.asked, answer):+.2f}" if self.value else ""
         if role == "planner":
-            say(f"\nsubtask {len(self.episode.segments) + 1}: {answer.text.strip()}", "subtask", note=note)
+            print()
+            say(f"subtask {len(self.episode.segments) + 1}: {answer.text.strip()}", "subtask", note=note)
         elif role == "executor":
             self.expects = note
         else:
@@ -77,5 +78,6 @@ class Watched(Player):
             say(f"ended by: {how}; the judge says {'done' if verified else 'not done'}", "soft", 6)
         if self.over:
             word = "solved" if self.now.success else "not solved"
-            text = f"\n{word}: score {self.now.score:.0f} after {len(self.episode.turns)} steps"
+            print()
+            text = f"{word}: score {self.now.score:.0f} after {len(self.episode.turns)} steps"
             say(text, "good" if self.now.success else "bad")

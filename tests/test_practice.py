@@ -1,6 +1,5 @@
 """Practice: exploration whose subtasks, named afterwards, teach the executor (collect.py, train_sft.py)."""
 
-import random
 import re
 
 import pytest
@@ -11,7 +10,8 @@ import scripted
 import train_sft
 from batches import Mixture
 from data import Episode, Segment, Transition, Turn, read_episodes
-from envs import EnvPool, read_panel
+from envs import OBS_SEPARATOR, EnvPool, read_panel
+from prompts import split_obs
 from renaming import vocabulary
 
 PANEL = [("find-animal", 0), ("find-plant", 0)]
@@ -45,27 +45,39 @@ def test_hindsight_keeps_what_was_verified_and_no_plans(played):
     assert {t.level for t in found} == {"executor", "progress"}
     segments = [(e, s) for e in episodes for s in e.segments]
     done = [(e, s) for e, s in segments if e.turns[s.end - 1].verified_done]
-    assert 0 < len(done) < len(segments)
-    assert sum(t.level == "executor" for t in found) == sum(s.end - s.start for _, s in done)
+    changed = [
+        (e, s) for e, s in done
+        if split_obs(e.turns[s.start].obs)[1:] != split_obs(e.obs_after(s.end - 1))[1:]
+    ]  # fmt: skip
+    assert 0 < len(changed) < len(done) < len(segments)
+    assert sum(t.level == "executor" for t in found) == sum(s.end - s.start for _, s in changed)
     answers = [t.completion for t in found if t.level == "executor"]
-    assert sum(a.endswith("; True") for a in answers) == len(done), "each of them ends with a claim"
+    assert sum(a.endswith("; True") for a in answers) == len(changed), "each of them ends with a claim"
+    ended = sum(t.terminated for e in episodes for t in e.turns)
+    assert sum(t.level == "progress" for t in found) == sum(len(e.turns) for e in episodes) - ended
 
 
 def test_hindsight_by_hand():
+    def obs(feedback, room):
+        return OBS_SEPARATOR.join([feedback, room, ""])
+
     turns = [
-        Turn("o1", "open door", "", 0.0, False, False, "go to the hall", "None"),
-        Turn("o2", "go to hall", "", 0.0, False, False, "go to the hall", "open.", True, True),
-        Turn("o3", "mix air", "", 0.0, False, True, "mix the air", "None", True, False),
+        Turn(obs("", "den"), "open door", "", 0.0, False, False, "go to the hall", "None"),
+        Turn(obs("", "den"), "go to hall", "", 0.0, False, False, "go to the hall", "open.", True, True),
+        Turn(obs("", "hall"), "mix air", "", 0.0, False, False, "mix the air", "None", True, False),
+        Turn(obs("no", "hall"), "look", "", 0.0, False, True, "explore the hall", "None", True, True),
     ]
-    segments = [Segment("go to the hall", 0, 2, "in the hall."), Segment("mix the air", 2, 3, "nothing.")]
-    episode = Episode("scienceworld", "boil", 0, "d", turns, segments, "o4")
-    found = train_sft.hindsight(episode, "progress")
-    assert [(t.level, t.turn) for t in found] == [
-        ("executor", 0), ("progress", 0), ("executor", 1), ("progress", 1)
+    segments = [
+        Segment("go to the hall", 0, 2, "in the hall."), Segment("mix the air", 2, 3, "nothing."),
+        Segment("explore the hall", 3, 4, "looked around."),
     ]  # fmt: skip
+    episode = Episode("scienceworld", "boil", 0, "d", turns, segments, obs("a hall", "hall"))
+    found = train_sft.hindsight(episode, "progress")
     assert [t.completion for t in found if t.level == "executor"] == [
         " open door; False", " go to hall; True"
-    ]  # fmt: skip
+    ], "not what was not done, nor what changed nothing"  # fmt: skip
+    assert [t.turn for t in found if t.level == "progress"] == [0, 1, 2, 3]
+    assert {t.level for t in found} == {"executor", "progress"}
 
 
 def test_practice_is_half_of_what_is_drawn_at_its_levels():
@@ -96,13 +108,12 @@ def test_practice_is_collected_with_subtasks_and_needs_a_hierarchy(tmp_path):
             train_sft.main(train_sft.Config(file, tmp_path / "out", practice=file, **{flag: True}))
 
 
-def test_the_words_of_new_names_are_letters_that_the_tokenizer_spells():
-    class Letters:
+def test_the_words_of_new_names_are_pieces_that_begin_a_word():
+    class Pieces:
         def __len__(self):
-            return 4
+            return 7
 
-        def decode(self, ids):
-            return [" mug", "##", "ing", "A"][ids[0]]
+        def convert_ids_to_tokens(self, ids):
+            return [["Ġmug", "ing", "Ġa", "ĠMug", "▁lamp", "Ġ123", "<eos>"][i] for i in ids]
 
-    assert vocabulary(Letters())[:2] == ["ing", "mug"] and len(vocabulary(Letters())) == 4
-    assert random.Random(0).choice(vocabulary(Letters())) in "mugmug ingmug muging inging mug ing".split()
+    assert vocabulary(Pieces()) == ["lamp", "mug"]
