@@ -85,7 +85,7 @@ class Episode:
 
 
 def _parse(cls, record: dict, where: str):
-    """A dataclass from a JSON object; ValueError names what is missing or unknown."""
+    """A dataclass from a JSON object, where what is None by default may be missing; ValueError else."""
     names = {f.name: f for f in dataclasses.fields(cls)}
     needed = {name for name, f in names.items() if f.default is not None}
     if not isinstance(record, dict) or not needed <= set(record) <= set(names):

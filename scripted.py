@@ -103,7 +103,9 @@ def visible_names(text: str) -> list[str]:
 VERBS = {"go": 6, "open": 5, "take": 6, "move": 3, "clean": 3, "heat": 3, "cool": 3, "use": 3, "examine": 1}
 
 
-def play_explore_admissible(pool: EnvPool, panel: list, env: str, seed: int) -> Iterator[Episode]:
+def play_explore_admissible(
+    pool: EnvPool, panel: list, env: str, seed: int, source: str
+) -> Iterator[Episode]:
     """play_explore where the world lists its admissible commands cheaply (ALFWorld)."""
 
     def choose(episode: Episode, now: StepResult, valid: list[str]) -> str:
@@ -118,7 +120,7 @@ def play_explore_admissible(pool: EnvPool, panel: list, env: str, seed: int) -> 
             action = re.sub(r"\w+ \d+$", f"{rng.choice(words)} {rng.randint(1, 4)}", action)
         return action
 
-    return play(pool, panel, env, f"explore-{seed}", choose, look_up="valid_actions")
+    return play(pool, panel, env, source, choose, look_up="valid_actions")
 
 
 def play_explore(pool: EnvPool, panel: list, env: str, seed: int, practice=False) -> Iterator[Episode]:
@@ -126,8 +128,9 @@ def play_explore(pool: EnvPool, panel: list, env: str, seed: int, practice=False
 
     practice: who opened a door mostly goes through it, who went through one often goes on to the next room.
     """
+    source = f"{'practice' if practice else 'explore'}-{seed}"
     if env.startswith("alfworld"):
-        return play_explore_admissible(pool, panel, env, seed)
+        return play_explore_admissible(pool, panel, env, seed, source)
 
     def choose(episode: Episode, now: StepResult, _) -> str:
         rng = random.Random(
@@ -155,4 +158,4 @@ def play_explore(pool: EnvPool, panel: list, env: str, seed: int, practice=False
         action = re.sub(r"\bI\b", lambda _: rng.choice(held or names), template)
         return re.sub(r"\bA\b", lambda _: rng.choice(names), action)
 
-    return play(pool, panel, env, f"{'practice' if practice else 'explore'}-{seed}", choose)
+    return play(pool, panel, env, source, choose)

@@ -94,16 +94,16 @@ def by_level_and_task(
     """
     pools = {}
     for decision in decisions:
-        pools.setdefault((decision.level, decision.episode_id.split("/")[1]), []).append(decision)
-    types, practised = Counter(level for level, _ in pools), {t.level for t in practice}
+        pools.setdefault(f"{decision.level}/{decision.episode_id.split('/')[1]}", []).append(decision)
+    types = Counter(name.split("/")[0] for name in pools)
     ratio = {
-        (level, task): shares[LEVELS.index(level)] / types[level] / (2 if level in practised else 1)
-        for level, task in pools
+        name: shares[LEVELS.index(level)] / types[level] for name in pools for level in [name.split("/")[0]]
     }
-    for level in sorted(practised):
-        pools[level, "practice"] = [t for t in practice if t.level == level]
-        ratio[level, "practice"] = shares[LEVELS.index(level)] / 2
-    return {"/".join(key): pool for key, pool in pools.items()}, {"/".join(k): r for k, r in ratio.items()}
+    for level in LEVELS:
+        if own := [t for t in practice if t.level == level]:
+            ratio |= {name: share / 2 for name, share in ratio.items() if name.startswith(f"{level}/")}
+            pools[f"{level}/practice"], ratio[f"{level}/practice"] = own, shares[LEVELS.index(level)] / 2
+    return pools, ratio
 
 
 def renamed(t: Transition, names: list[str], words: list[str], rng: random.Random) -> Transition:
