@@ -1,6 +1,6 @@
 """Script: HiPER, online plan-execute RL with hierarchical advantage estimation (arXiv:2602.16165).
 
-    python train_sft.py --plan-execute --data out/gold.jsonl --out out/pe
+    python train_sft.py --plan-execute --data out/alfworld/gold.jsonl --out out/pe
     python train_hiper.py --init out/pe --env alfworld --panel demo --out out/hiper
 
 In iterations: play episodes, estimate advantages, fit the values, one pass of clipped policy-gradient steps

@@ -20,7 +20,7 @@ from run import fail, provenance  # noqa: E402
 
 @dataclass(frozen=True)
 class Config:
-    out: Path  # folder with one subfolder seed<k> per seed
+    out: Path  # folder with one subfolder seed<k> per seed, or of one run
     a: str = "orl"  # name of the row whose gain is asked
     b: str = "sft"  # name of the row it is compared with
 
@@ -28,11 +28,14 @@ class Config:
 def main(config: Config) -> dict:
     files = [
         [folder / "results" / f"{name}.json" for name in (config.a, config.b)]
-        for folder in sorted(config.out.glob("seed*"))
+        for folder in sorted(config.out.glob("seed*")) or [config.out]
     ]
     pairs = [[json.loads(f.read_text()) for f in pair] for pair in files if all(f.exists() for f in pair)]
     if not pairs:
-        raise ValueError(f"no {config.out}/seed*/results/{config.a}.json: run recipes/scienceworld.sh first")
+        raise ValueError(
+            f"no {config.a}.json and {config.b}.json in {config.out}/seed*/results or {config.out}/results: "
+            "run eval.py for both"
+        )
     first = pairs[0][0]
     tasks = [
         task

@@ -76,32 +76,11 @@ def evaluate(w, name, **options):
 
 
 @pytest.fixture(scope="module")
-def simulator():
-    """One Java process for the whole file: starting one takes seconds."""
-    world = envs.make_world("scienceworld", 50)
-    yield world
-    world.close()
-
-
-@pytest.fixture(scope="module")
-def w(simulator, tmp_path_factory):
+def w(one_simulator, tmp_path_factory):
     """The whole pipeline, once: every later test reads its files or runs one stage again."""
     root = tmp_path_factory.mktemp("pipeline")
 
-    class Shared:
-        """The simulator above for a pool in this process, which may not close it."""
-
-        def __init__(self, env, max_steps):
-            simulator.max_steps = max_steps
-
-        def __getattr__(self, name):
-            return getattr(simulator, name)
-
-        def close(self):
-            pass
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(envs, "make_world", Shared)
         patch.setattr(envs, "PANELS", root)
         patch.setattr(evaluation, "RESULTS", root / "recorded")
         for panel, lines in {"tiny": PANEL, "one": PANEL[:1]}.items():
