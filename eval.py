@@ -152,10 +152,10 @@ def play(config: Config, panel: list, pool: EnvPool, counts: Counts) -> tuple[li
 
 
 def note_values(episode: Episode, meta: dict, value: Callable[[Request, Answer], float]) -> None:
-    """Sets Decision.value of all decisions of an episode."""
+    """Sets Decision.value of the decisions of an episode; an expert's (--guide) have no tokens, so none."""
     asked = {(t.level, t.turn): t.prompt for t in transitions(episode, meta["history"], flat=meta["flat"])}
     for d in episode.decisions:
-        if prompt := asked.get((d.level, d.turn)):
+        if d.ids and (prompt := asked.get((d.level, d.turn))):
             d.value = round(value(Request(d.level, prompt, 0, 0), Answer("", d.ids, d.logprobs, 0)), 3)
 
 

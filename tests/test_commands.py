@@ -18,7 +18,7 @@ TRAIN = f"{CPU} --batch-size 8"
 # would type them: what a command reads is written by one before it.
 SHORT = {
     "collect.py": f"--threads 1 {PLAY}",
-    "base/pretrain.py": "--tokens 5000 --hidden 32 --heads 2 --layers 1 --vocab 500 --threads 1 --words words.txt",
+    "base/pretrain.py": "--tokens 5000 --hidden 32 --heads 2 --layers 1 --vocab 500 --words words.txt",
     "train_sft.py": f"{TRAIN} --epochs 0.05 --rank 4",
     "collect.py --source policy": f"--threads 1 {PLAY} --max-steps 4",
     "train_orl.py": f"{TRAIN} --steps 2 --warmup-steps 1",

@@ -640,6 +640,14 @@ def test_q_of_every_decision_is_noted_and_shown_in_the_report(w):
     assert all(d.value is None for d in plain.decisions) and ">Q " not in article(plain, "imitator", [])
 
 
+def test_an_experts_decisions_have_no_q(w):
+    evaluate(w, "led", checkpoint=w.orl, guide="planner")
+    episode = read_episodes(w.root / "eval/episodes/led.jsonl")[0]
+    assert {d.level: d.value is None for d in episode.decisions} == {
+        "planner": True, "executor": False, "progress": False
+    }  # fmt: skip
+
+
 def test_evaluating_twice_gives_the_same_scores_and_the_same_episodes(w):
     """The second time in a worker process with a Java of its own."""
     first, second = (evaluate(w, n, checkpoint=w.orl, workers=i) for i, n in enumerate(("once", "twice")))
