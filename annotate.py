@@ -81,6 +81,16 @@ def annotate(episode: Episode, teacher: Teacher | None = None) -> Episode:
         episode = replace(episode, turns=turns, final_obs=final_obs, segments=[])
     if teacher:
         return teacher.annotate(episode)
+    return fill_in(episode, groups_of(episode, episode.description))
+
+
+def practised(episode: Episode) -> Episode:
+    """Exploration, annotated in hindsight: a subtask may name what was found by doing it."""
+    found = " ".join(turn.obs for turn in episode.turns)
+    return fill_in(episode, groups_of(episode, f"{episode.description} {found}"))
+
+
+def groups_of(episode: Episode, known: str) -> list[Group]:
+    """The subtasks by rules. known: text whose names may be used before they are seen."""
     observations = [turn.obs for turn in episode.turns] + [episode.final_obs]
-    actions = [turn.action for turn in episode.turns]
-    return fill_in(episode, rules(episode.env).split(episode.description, actions, observations))
+    return rules(episode.env).split(known, [turn.action for turn in episode.turns], observations)

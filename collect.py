@@ -27,15 +27,15 @@ from model import file_hash, load_policy, refuse_format
 from run import fail, pick_device
 from teacher import ChatTeacher
 
-EXPERTS = ("gold", "recorded", "oracle")
+EXPERTS = ("gold", "recorded", "oracle", "stumble")
 
 
 @dataclass(frozen=True)
 class Config:
     out: Path  # JSONL file to write, or to go on with
-    source: Literal["gold", "recorded", "oracle", "policy", "explore", "practice"] = (
-        "gold"  # who plays; recorded and oracle: ALFWorld only; practice: exploration, with its subtasks
-    )
+    # who plays; recorded and oracle: ALFWorld only; stumble: gold with refused tries of other subtasks in it;
+    # practice: exploration, with the subtasks that it happened to complete
+    source: Literal["gold", "recorded", "oracle", "stumble", "policy", "explore", "practice"] = "gold"
     env: EnvName = "scienceworld"  # which text world; alfworld is the fast engine
     panel: str = (
         "demo"  # episode list panels/<env>_<panel>_train.txt; data for training comes from train only
@@ -74,26 +74,38 @@ def judge_of(config: Config) -> completion.Judge:
 def annotated_gold(pool: EnvPool, panel: list, config: Config) -> Iterator[Episode]:
     """An expert's paths that end at score 100, split into subtasks with progress after every step."""
     teacher, judge = teacher_of(config), judge_of(config)
-    for episode in scripted.play_gold(pool, panel, config.env, config.source):
+    source = "gold" if config.source == "stumble" else config.source
+    for episode in scripted.play_gold(pool, panel, config.env, source):
         if episode.success:
             annotated = annotate.annotate(episode, teacher)  # judged by the rules
             by_rules = config.judge == "rules" and not config.judge_noise
             yield annotated if by_rules else completion.rejudge(annotated, judge)
         else:
             tqdm.write(
-                f"left out: the {config.source} path of {episode.task} {episode.variation} "
+                f"left out: the {source} path of {episode.task} {episode.variation} "
                 f"ends at score {episode.score:.0f}"
             )
 
 
+def stumbles(pool: EnvPool, panel: list, config: Config, repeat: int) -> Iterator[Episode]:
+    """Gold paths with refused tries, annotated; those that end at score 100 all the same."""
+    gold = list(tqdm(annotated_gold(pool, panel, config), "gold", len(panel), leave=False))
+    seed, judge = episode_seed(config.seed, repeat), annotate.rules(config.env).judge
+    for e in scripted.play_stumbling(pool, gold, config.env, seed, judge):
+        if e.success:
+            yield annotate.fill_in(e, [(s.subtask, s.start, s.end) for s in e.segments])
+
+
 def play(pool: EnvPool, panel: list, config: Config, repeat: int) -> Iterator[Episode]:
     """The episodes of one pass over the panel."""
+    if config.source == "stumble":
+        return stumbles(pool, panel, config, repeat)
     if config.source in EXPERTS:
         return annotated_gold(pool, panel, config)
     if config.source in ("explore", "practice"):
         practice, seed = config.source == "practice", episode_seed(config.seed, repeat)
         explored = scripted.play_explore(pool, panel, config.env, seed, practice)
-        return map(annotate.annotate, explored) if practice else explored
+        return map(annotate.practised, explored) if practice else explored
     model, tokenizer, meta = load_policy(config.checkpoint, pick_device(config.device))
     refuse_format(config.checkpoint, meta, "roles")
     return rollout(

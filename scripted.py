@@ -1,4 +1,4 @@
-"""Players without a model: the simulator's gold path, exploration (text for base/), random valid actions.
+"""Players without a model: the gold path, the same with stumbles, exploration, random valid actions.
 
 What this file does not do: annotate what was played.
 """
@@ -6,9 +6,11 @@ What this file does not do: annotate what was played.
 import random
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import accumulate
 
 import prompts
-from data import Episode, Turn
+from data import Episode, Segment, Turn
 from envs import EnvPool, StepResult
 from hierarchy import episode_seed
 
@@ -79,6 +81,68 @@ def play_gold(pool: EnvPool, panel: list, env: str, expert: str = "gold") -> Ite
     return play(pool, panel, env, source, choose, path=f"{expert}_path")
 
 
+def with_tries(gold: Episode, chance: float, rng: random.Random) -> list[tuple[str, list[str], bool]]:
+    """An annotated path as (subtask, its actions, False), with tries between: (subtask, last action, True).
+
+    While a coin of `chance` says so, the last subtask or one of the four to come is tried out of turn.
+    """
+    parts = []
+    for k, segment in enumerate(gold.segments):
+        near = gold.segments[max(0, k - 1) : k] + gold.segments[k + 1 : k + 5]
+        others = [s for s in near if s.subtask != segment.subtask]
+        while others and rng.random() < chance:
+            other = rng.choice(others)
+            parts.append((other.subtask, [gold.turns[other.end - 1].action], True))
+        parts.append((segment.subtask, [t.action for t in gold.turns[segment.start : segment.end]], False))
+    return parts
+
+
+def play_stumbling(
+    pool: EnvPool,
+    gold: list[Episode],
+    env: str,
+    seed: int,
+    judge: Callable[[str, str], bool],
+    chance: float = 0.4,
+) -> Iterator[Episode]:
+    """Gold paths with failed tries in them, so that it can be learned what to do after one (with segments).
+
+    An expert does not fail, so who imitates it alone gives a refused subtask again and again. Noise in the
+    expert's actions shows how it recovers (DART, arXiv:1703.09327). A try that the world understood, or whose
+    subtask was complete, is no failure: it is taken out, and the path is played again.
+    """
+    plans = {
+        (e.task, e.variation): with_tries(
+            e, chance, random.Random(episode_seed(seed, e.task, e.variation, 0, "stumble"))
+        )
+        for e in gold
+    }
+
+    def choose(episode: Episode, now: StepResult, _) -> str | None:
+        actions = [a for _, part, _ in plans[episode.task, episode.variation] for a in part]
+        return actions[len(episode.turns)] if len(episode.turns) < len(actions) else None
+
+    while plans:
+        for e in list(play(pool, list(plans), env, f"stumble-{seed}", choose)):
+            plan, after = plans.pop((e.task, e.variation)), [t.obs for t in e.turns[1:]] + [e.final_obs]
+            ends = list(accumulate(len(actions) for _, actions, _ in plan))
+            failed = [
+                not is_try or end > len(after) or (
+                    after[end - 1].startswith(prompts.NOT_UNDERSTOOD) and not judge(subtask, after[end - 1])
+                )
+                for (subtask, _, is_try), end in zip(plan, ends, strict=True)
+            ]  # fmt: skip
+            if not all(failed):
+                plans[e.task, e.variation] = [part for part, ok in zip(plan, failed, strict=True) if ok]
+                continue
+            segments = [
+                Segment(subtask, end - len(actions), min(end, len(e.turns)), "")
+                for (subtask, actions, _), end in zip(plan, ends, strict=True)
+                if end - len(actions) < len(e.turns)
+            ]
+            yield replace(e, segments=segments)
+
+
 def play_random(pool: EnvPool, panel: list, env: str, seed: int) -> Iterator[Episode]:
     """Uniform over the valid actions of the moment (slow: the simulator lists them all)."""
 
@@ -126,7 +190,8 @@ def play_explore_admissible(
 def play_explore(pool: EnvPool, panel: list, env: str, seed: int, practice=False) -> Iterator[Episode]:
     """Random actions on things in view: text about the world without any gold action.
 
-    practice: who opened a door mostly goes through it, who went through one often goes on to the next room.
+    practice: who opened a door mostly goes through it, who went through one often goes on to the next room,
+    and who opened something else mostly takes what it held.
     """
     source = f"{'practice' if practice else 'explore'}-{seed}"
     if env.startswith("alfworld"):
@@ -146,7 +211,12 @@ def play_explore(pool: EnvPool, panel: list, env: str, seed: int, practice=False
             opened = before.action.removeprefix("open door to ")
             if (opened, "open") in doors and opened != before.action:
                 return f"go to {opened}"
-            came_from = prompts.split_obs(before.obs)[1].partition(":")[0]
+            seen = prompts.split_obs(before.obs)[1]
+            if before.action.startswith("open ") and (
+                found := [n for n in names if n not in visible_names(seen)]
+            ):
+                return f"pick up {rng.choice(found)}"
+            came_from = seen.partition(":")[0]
             if before.action.startswith("go to ") and len(doors) > 1:
                 template, doors = "go", [door for door in doors if door[0] != came_from]
         if template == "go":
@@ -154,6 +224,9 @@ def play_explore(pool: EnvPool, panel: list, env: str, seed: int, practice=False
                 return "look around"
             door, state = rng.choice(doors)
             return f"go to {door}" if state == "open" else f"open door to {door}"
+        shut = re.findall(r"(?:[:;,]|with) ([\w ]+?)(?: on| off)? closed", room.partition("doors: ")[0])
+        if practice and shut and rng.random() < 0.15:
+            return f"open {rng.choice(shut)}"
         template = "drop I" if practice and template == "put down I" else template  # as experts say it
         action = re.sub(r"\bI\b", lambda _: rng.choice(held or names), template)
         return re.sub(r"\bA\b", lambda _: rng.choice(names), action)

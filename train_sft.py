@@ -52,7 +52,9 @@ class Config:
     targets: Literal["all", "attention"] = "all"  # linear layers that get LoRA; the papers use attention only
     epochs: float = 3.0  # decisions drawn, in units of the dataset; 0 saves the untrained adapter
     shares: tuple[float, float, float] = (2.0, 2.0, 1.0)  # of planner, executor and progress in what is drawn
-    practice: Path | None = None  # collect.py --source practice: executor and progress learn from it too
+    practice: tuple[
+        Path, ...
+    ] = ()  # collect.py --source practice, stumble: half of what is drawn is from these
     rename: float = 0.0  # probability that a decision is shown under other names of the things in its prompt
     batch_size: int = 64  # decisions per step
     lr: float = 3e-3  # peak AdamW step size, decayed linearly to a tenth (papers: 1e-4 for 7-8B)
@@ -67,12 +69,17 @@ class Config:
 
 
 def hindsight(episode: Episode, history: str) -> list[Transition]:
-    """What exploration teaches: the executor by the subtasks it happened to complete, progress by every turn.
+    """What practice teaches: exploration the executor, stumbles the planner, both how to report a failure.
 
     Whatever was done is a good example of how to do just that (HER, arXiv:1707.01495), if room or inventory
-    changed by it: else a subtask would seem done where one stands. A progress policy that saw successes alone
-    would report them always.
+    changed by it: else a subtask would seem done where one stands. From a gold path with failed tries the
+    planner learns what the expert does after them, and not the tries. A progress policy that saw successes
+    alone would report them always.
     """
+    if episode.source.startswith("stumble"):
+        done = {s.start for s in episode.segments if episode.turns[s.end - 1].verified_done}
+        found = transitions(episode, history)
+        return [t for t in found if t.level == "progress" or (t.level == "planner" and t.turn in done)]
     kept = set()
     for s in episode.segments:
         before, after = (
@@ -160,7 +167,7 @@ def main(config: Config) -> None:
             for t in transitions(flat(e) if config.flat else e, config.history, flat=config.flat)
         ]
         count, counts = len(decisions), Counter(t.level for t in decisions)
-        practised = read_episodes(config.practice) if config.practice else []
+        practised = [e for path in config.practice for e in read_episodes(path)]
         practice = [t for e in practised for t in hindsight(e, config.history)]
         sampler = Mixture(*by_level_and_task(decisions, config.shares, practice), config.seed)
         episodes += practised

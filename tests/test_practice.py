@@ -1,6 +1,8 @@
 """Practice: exploration whose subtasks, named afterwards, teach the executor (collect.py, train_sft.py)."""
 
+import random
 import re
+from itertools import pairwise
 
 import pytest
 
@@ -10,8 +12,8 @@ import scripted
 import train_sft
 from batches import Mixture
 from data import Episode, Segment, Transition, Turn, read_episodes
-from envs import OBS_SEPARATOR, EnvPool, read_panel
-from prompts import split_obs
+from envs import OBS_SEPARATOR, EnvPool, StepResult, read_panel
+from prompts import NOT_UNDERSTOOD, split_obs
 from renaming import vocabulary
 
 PANEL = [("find-animal", 0), ("find-plant", 0)]
@@ -40,7 +42,7 @@ def test_who_practises_goes_through_the_doors_it_opens_and_on(played):
 
 
 def test_hindsight_keeps_what_was_verified_and_no_plans(played):
-    episodes = [annotate.annotate(e) for e in played[True]]
+    episodes = [annotate.practised(e) for e in played[True]]
     found = [t for e in episodes for t in train_sft.hindsight(e, "progress")]
     assert {t.level for t in found} == {"executor", "progress"}
     segments = [(e, s) for e in episodes for s in e.segments]
@@ -105,7 +107,105 @@ def test_practice_is_collected_with_subtasks_and_needs_a_hierarchy(tmp_path):
     assert all(e.segments and e.source.startswith("practice") for e in episodes)
     for flag in ("flat", "plan_execute"):
         with pytest.raises(ValueError, match="--practice"):
-            train_sft.main(train_sft.Config(file, tmp_path / "out", practice=file, **{flag: True}))
+            train_sft.main(train_sft.Config(file, tmp_path / "out", practice=(file,), **{flag: True}))
+
+
+def path_of_three():
+    """An expert's annotated path: go, get, put."""
+
+    def obs(feedback, room, held=""):
+        return OBS_SEPARATOR.join([feedback, room, held])
+
+    plan = [("go to the hall", ["open door to hall", "go to hall"]), ("get the mug", ["pick up mug"]),
+            ("put the mug in the sink", ["move mug to sink"])]  # fmt: skip
+    turns = [Turn(obs("", "den"), a, "", 0.0, False, False, s, "None") for s, part in plan for a in part]
+    turns[1].verified_done = turns[2].verified_done = turns[3].verified_done = True
+    segments = [Segment("go to the hall", 0, 2, ""), Segment("get the mug", 2, 3, ""),
+                Segment("put the mug in the sink", 3, 4, "")]  # fmt: skip
+    return Episode("scienceworld", "boil", 0, "d", turns, segments, obs("", "hall"), source="expert")
+
+
+def test_tries_are_last_actions_of_neighbouring_subtasks():
+    gold = path_of_three()
+    plain = [("go to the hall", ["open door to hall", "go to hall"], False),
+             ("get the mug", ["pick up mug"], False),
+             ("put the mug in the sink", ["move mug to sink"], False)]  # fmt: skip
+    assert scripted.with_tries(gold, 0.0, random.Random(0)) == plain
+    tries = set()
+    for seed in range(50):
+        parts = scripted.with_tries(gold, 0.5, random.Random(seed))
+        assert [part for part in parts if not part[2]] == plain
+        for i, (subtask, actions, is_try) in enumerate(parts):
+            if is_try:
+                following = next(part[0] for part in parts[i:] if not part[2])
+                tries.add((following, subtask, *actions))
+    names = {s.subtask: gold.turns[s.end - 1].action for s in gold.segments}
+    expected = {(a, b, names[b]) for a in names for b in names if a != b}
+    assert tries == expected - {("put the mug in the sink", "go to the hall", "go to hall")}, (
+        "one back at most"
+    )
+
+
+def test_a_stumbling_expert_fails_at_tries_alone_and_arrives():
+    panel = [("lifespan-longest-lived", 0), ("chemistry-mix-paint-secondary-color", 0)]
+    with EnvPool("scienceworld", 2, workers=1, max_steps=10**6) as pool:
+        gold = [annotate.annotate(e) for e in scripted.play_gold(pool, panel, "scienceworld")]
+        judge = annotate.rules("scienceworld").judge
+        stumbled = list(scripted.play_stumbling(pool, gold, "scienceworld", 0, judge, chance=0.6))
+    assert sorted(e.task for e in stumbled) == sorted(e.task for e in gold)
+    tries = 0
+    for e in stumbled:
+        (path,) = [g for g in gold if g.task == e.task]
+        e = annotate.fill_in(e, [(s.subtask, s.start, s.end) for s in e.segments])
+        refused = [s for s in e.segments if e.obs_after(s.end - 1).startswith(NOT_UNDERSTOOD)]
+        left = [t.action for s in e.segments if s not in refused for t in e.turns[s.start : s.end]]
+        assert e.success and left == [t.action for t in path.turns], "without its tries it is the gold path"
+        assert not any(e.turns[s.end - 1].verified_done for s in refused)
+        tries += len(refused)
+        plans = [t for t in train_sft.hindsight(e, "progress") if t.level == "planner"]
+        assert [t.completion for t in plans] == [" " + s.subtask for s in path.segments], "no try is imitated"
+        failed = [t for t in plans if "not understood" in t.prompt]
+        assert len(failed) == sum(a in refused and b not in refused for a, b in pairwise(e.segments))
+        assert {t.level for t in train_sft.hindsight(e, "progress")} == {"planner", "progress"}
+    assert tries > 3
+
+
+def test_a_try_that_the_world_understands_is_taken_out_and_the_path_played_again():
+    """A world in which the mug can be picked up from everywhere."""
+
+    class Pool:
+        size, rounds = 1, 0
+
+        def call(self, asked):
+            return {slot: self.answer(*args) for slot, (_, *args) in asked.items()}
+
+        def answer(self, action, *variation):
+            if variation:  # a reset
+                self.rounds, self.here = self.rounds + 1, "den"
+                return StepResult("\n\nden\n\n", "d", 0.0, 0.0, False, False, False)
+            follows = {"go to hall": "door", "move mug to sink": "hall"}
+            fine, won = follows.get(action, self.here) == self.here, action == "move mug to sink"
+            if fine:
+                self.here = {"open door to hall": "door", "go to hall": "hall"}.get(action, self.here)
+            said = "Done." if fine else NOT_UNDERSTOOD[0]
+            return StepResult(f"{said}\n\n{self.here}\n\n", "d", 0.0, 0.0, fine and won, False, fine and won)
+
+    pool = Pool()
+    (e,) = scripted.play_stumbling(pool, [path_of_three()], "scienceworld", 0, lambda *_: False, chance=0.9)
+    assert pool.rounds > 1 and e.success
+    names = [s.subtask for s in e.segments]
+    assert (
+        names.count("get the mug") == 1 < names.count("put the mug in the sink")
+        and names[-1] == "put the mug in the sink"
+    )
+
+
+def test_stumbles_are_collected_as_annotated_successes(tmp_path):
+    file = tmp_path / "stumbles.jsonl"
+    collect.main(collect.Config(file, "stumble", limit=1, slots=8, workers=1, threads=1))
+    episodes = read_episodes(file)
+    assert episodes and all(e.success and e.segments and e.source.startswith("stumble") for e in episodes)
+    assert all(t.progress for e in episodes for t in e.turns)
 
 
 def test_the_words_of_new_names_are_pieces_that_begin_a_word():
