@@ -2,7 +2,7 @@
 
 gold paths -> SFT -> rollouts of the SFT policy -> offline RL -> offline to online -> out/demo/report.html
 
-In ScienceWorld SFT practises too: on exploration, with the subtasks that it happened to complete.
+In ScienceWorld SFT learns from stumbles too: gold paths with refused tries in them.
 
 `make demo ENV=alfworld` does the same in ALFWorld, on generated games: they need no download, and their
 scores are not those of the official games.
@@ -37,7 +37,7 @@ class Config:
 SPLIT = {"scienceworld": "dev", "alfworld": "valid_seen"}
 WORKERS = {"scienceworld": "", "alfworld": "--workers 0"}
 SFT = {
-    "scienceworld": "--rename 0.5 --practice {out}/practice.jsonl",
+    "scienceworld": "--rename 0.5 --practice {out}/stumbles.jsonl",
     "alfworld": "--epochs 1.5 --shares 1 2 2",
 }
 ORL = {"scienceworld": "", "alfworld": "--warmup-steps 200 --steps 260"}
@@ -81,9 +81,9 @@ def stages(c: Config) -> list[tuple[str, str]]:
     ]
     random = f"{evaluate} --agent random --name random"
     if c.env == "scienceworld":  # one random episode of each type: listing its valid actions is slow
-        practice = f"collect.py --source practice {world} --limit 20 --max-steps 40 --out {o}/practice.jsonl"
+        stumbles = f"collect.py --source stumble {world} --out {o}/stumbles.jsonl {common}"
         random_row = (f"{o}/results/random.json", f"{random} --limit 1")
-        return [(f"{o}/practice.done", f"{practice} {common}"), random_row, *train]
+        return [(f"{o}/stumbles.done", stumbles), random_row, *train]
     expert = f"{evaluate} --agent gold --name expert"
     return [*train, (f"{o}/results/random.json", random), (f"{o}/results/expert.json", expert)]
 

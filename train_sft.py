@@ -91,26 +91,21 @@ def hindsight(episode: Episode, history: str) -> list[Transition]:
     return [t for t in found if t.level == "progress" or (t.level == "executor" and t.turn in kept)]
 
 
-def by_level_and_task(
-    decisions: list[Transition], shares: tuple[float, float, float], practice: list[Transition] = ()
-) -> tuple[dict, dict]:
+def by_level_and_task(decisions: list[Transition], shares: tuple[float, float, float]) -> tuple[dict, dict]:
     """Pools and ratios for a Mixture: levels at `shares`, and within a level every task type alike.
 
     GLIDER too resamples every type to as many episodes; else types with few variations are hardly seen.
-    practice: decisions that make up half of what is drawn at their level.
+    Exploration, which solves no task, is one more type; stumbles belong to the type whose path they are in.
     """
     pools = {}
     for decision in decisions:
-        pools.setdefault(f"{decision.level}/{decision.episode_id.split('/')[1]}", []).append(decision)
+        explored = decision.source.startswith("practice")
+        task = "practice" if explored else decision.episode_id.split("/")[1]
+        pools.setdefault(f"{decision.level}/{task}", []).append(decision)
     types = Counter(name.split("/")[0] for name in pools)
-    ratio = {
+    return pools, {
         name: shares[LEVELS.index(level)] / types[level] for name in pools for level in [name.split("/")[0]]
     }
-    for level in LEVELS:
-        if own := [t for t in practice if t.level == level]:
-            ratio |= {name: share / 2 for name, share in ratio.items() if name.startswith(f"{level}/")}
-            pools[f"{level}/practice"], ratio[f"{level}/practice"] = own, shares[LEVELS.index(level)] / 2
-    return pools, ratio
 
 
 def renamed(t: Transition, names: list[str], words: list[str], rng: random.Random) -> Transition:
@@ -168,8 +163,8 @@ def main(config: Config) -> None:
         ]
         count, counts = len(decisions), Counter(t.level for t in decisions)
         practised = [e for path in config.practice for e in read_episodes(path)]
-        practice = [t for e in practised for t in hindsight(e, config.history)]
-        sampler = Mixture(*by_level_and_task(decisions, config.shares, practice), config.seed)
+        decisions += [t for e in practised for t in hindsight(e, config.history)]
+        sampler = Mixture(*by_level_and_task(decisions, config.shares), config.seed)
         episodes += practised
 
     names = {e.id: visible(e) for e in episodes} if config.rename else {}

@@ -12,11 +12,11 @@ out=out/$panel python=.venv/bin/python threads="--threads ${THREADS:-2}"
 resume() { if [ -f "$1/config.json" ]; then echo --resume; fi; }
 
 $python collect.py --source gold --panel "$panel" --out "$out/gold.jsonl"
-$python collect.py --source practice --panel "$panel" --limit 20 --max-steps 40 --out "$out/practice.jsonl"
+$python collect.py --source stumble --panel "$panel" --out "$out/stumbles.jsonl"
 for seed in $seeds; do
   run=$out/seed$seed
   [ -f "$run/sft/policy.json" ] ||
-    $python train_sft.py --data "$out/gold.jsonl" --rename 0.5 --practice "$out/practice.jsonl" --out "$run/sft" \
+    $python train_sft.py --data "$out/gold.jsonl" --rename 0.5 --practice "$out/stumbles.jsonl" --out "$run/sft" \
       --seed "$seed" $threads $sft_flags $(resume "$run/sft")
   [ -f "$run/results/sft.json" ] ||
     $python eval.py --panel "$panel" --checkpoint "$run/sft" --name sft --out "$run" --seed "$seed" $threads

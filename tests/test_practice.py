@@ -10,7 +10,6 @@ import annotate
 import collect
 import scripted
 import train_sft
-from batches import Mixture
 from data import Episode, Segment, Transition, Turn, read_episodes
 from envs import OBS_SEPARATOR, EnvPool, StepResult, read_panel
 from prompts import NOT_UNDERSTOOD, split_obs
@@ -82,21 +81,24 @@ def test_hindsight_by_hand():
     assert {t.level for t in found} == {"executor", "progress"}
 
 
-def test_practice_is_half_of_what_is_drawn_at_its_levels():
-    def decision(level, task):
+def test_exploration_is_drawn_as_one_more_task_type_and_stumbles_with_their_own():
+    def decision(level, task, source="expert"):
         return Transition(
-            level, "p", " a", [], [], 0.0, 1, True, False, "", level, "expert", f"expert/{task}/0", 0
+            level, "p", " a", [], [], 0.0, 1, True, False, "", level, source, f"{source}/{task}/0", 0
         )
 
-    experts = [decision(level, task) for level in ("planner", "executor", "progress") for task in ("a", "b")]
-    practice = [decision(level, "explored") for level in ("executor", "progress")]
-    pools, ratio = train_sft.by_level_and_task(experts, (2.0, 2.0, 1.0), practice)
-    assert ratio == {
-        "planner/a": 1.0, "planner/b": 1.0, "executor/a": 0.5, "executor/b": 0.5, "executor/practice": 1.0,
-        "progress/a": 0.25, "progress/b": 0.25, "progress/practice": 0.5,
+    found = [decision(level, task) for level in ("planner", "executor", "progress") for task in ("a", "b")]
+    found += [decision("planner", "a", "stumble-0"), decision("progress", "b", "stumble-0")]
+    found += [
+        decision(level, task, "practice-0") for level in ("executor", "progress") for task in ("a", "c")
+    ]
+    pools, ratio = train_sft.by_level_and_task(found, (2.0, 2.0, 1.0))
+    third = {f"{level}/{task}": share / 3 for level, share in (("executor", 2.0), ("progress", 1.0))
+             for task in ("a", "b", "practice")}  # fmt: skip
+    assert ratio == pytest.approx({"planner/a": 1.0, "planner/b": 1.0} | third)
+    assert {name: len(pool) for name, pool in pools.items() if len(pool) > 1} == {
+        "planner/a": 2, "progress/b": 2, "executor/practice": 2, "progress/practice": 2
     }  # fmt: skip
-    drawn = [t.episode_id for t in Mixture(pools, ratio, 0).batch(100) if t.level == "executor"]
-    assert drawn.count("expert/explored/0") == 20 and len(drawn) == 40
 
 
 def test_practice_is_collected_with_subtasks_and_needs_a_hierarchy(tmp_path):
