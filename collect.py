@@ -71,25 +71,24 @@ def judge_of(config: Config) -> completion.Judge:
     return completion.noisy(judge, config.judge_noise, config.seed)
 
 
-def annotated_gold(pool: EnvPool, panel: list, config: Config) -> Iterator[Episode]:
+def annotated_gold(pool: EnvPool, panel: list, config: Config, expert: str) -> Iterator[Episode]:
     """An expert's paths that end at score 100, split into subtasks with progress after every step."""
     teacher, judge = teacher_of(config), judge_of(config)
-    source = "gold" if config.source == "stumble" else config.source
-    for episode in scripted.play_gold(pool, panel, config.env, source):
+    for episode in scripted.play_gold(pool, panel, config.env, expert):
         if episode.success:
             annotated = annotate.annotate(episode, teacher)  # judged by the rules
             by_rules = config.judge == "rules" and not config.judge_noise
             yield annotated if by_rules else completion.rejudge(annotated, judge)
         else:
             tqdm.write(
-                f"left out: the {source} path of {episode.task} {episode.variation} "
+                f"left out: the {expert} path of {episode.task} {episode.variation} "
                 f"ends at score {episode.score:.0f}"
             )
 
 
 def stumbles(pool: EnvPool, panel: list, config: Config, repeat: int) -> Iterator[Episode]:
     """Gold paths with refused tries, annotated; those that end at score 100 all the same."""
-    gold = list(tqdm(annotated_gold(pool, panel, config), "gold", len(panel), leave=False))
+    gold = list(tqdm(annotated_gold(pool, panel, config, "gold"), "gold", len(panel), leave=False))
     seed, judge = episode_seed(config.seed, repeat), annotate.rules(config.env).judge
     for e in scripted.play_stumbling(pool, gold, config.env, seed, judge):
         if e.success:
@@ -101,7 +100,7 @@ def play(pool: EnvPool, panel: list, config: Config, repeat: int) -> Iterator[Ep
     if config.source == "stumble":
         return stumbles(pool, panel, config, repeat)
     if config.source in EXPERTS:
-        return annotated_gold(pool, panel, config)
+        return annotated_gold(pool, panel, config, config.source)
     if config.source in ("explore", "practice"):
         practice, seed = config.source == "practice", episode_seed(config.seed, repeat)
         explored = scripted.play_explore(pool, panel, config.env, seed, practice)

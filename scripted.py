@@ -123,7 +123,7 @@ def play_stumbling(
         return actions[len(episode.turns)] if len(episode.turns) < len(actions) else None
 
     while plans:
-        for e in list(play(pool, list(plans), env, f"stumble-{seed}", choose)):
+        for e in play(pool, list(plans), env, f"stumble-{seed}", choose):
             plan, after = plans.pop((e.task, e.variation)), [t.obs for t in e.turns[1:]] + [e.final_obs]
             ends = list(accumulate(len(actions) for _, actions, _ in plan))
             failed = [
