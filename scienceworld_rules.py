@@ -88,7 +88,10 @@ OUTCOMES = [
     (REFUSED, "the action is not understood."),
 ]
 # Sentences of p_t that outlive the next action.
-KEPT = [r"temperature: [^.]+\.", r"the \w+ is broken\.", r"poured [^.]+\.", r"the stopwatch reads [^.]+\."]
+KEPT = [
+    r"temperature: [^.]+\.", r"the \w+ is broken\.", r"poured [^.]+\.", r"connected [^.]+\.",
+    r"the stopwatch reads [^.]+\.",
+]  # fmt: skip
 NUMBERS = "two three four five six seven eight nine ten eleven twelve"
 COUNTS = ["once", *(f"{number} times" for number in NUMBERS.split())]
 

@@ -284,6 +284,14 @@ def test_progress_text_is_pure():
     assert first == ["the cupboard is open.", "temperature: 10 degrees celsius. waited once."]
 
 
+def test_a_refusal_does_not_take_the_last_connection_from_the_progress():
+    task, link = "connect the battery with the yellow wires", "connected anode on battery to x."
+    refused = progress_text(task, link, "connect y to z", "No known action matches that input.")
+    assert refused == f"{link} the action is not understood."
+    later = progress_text(task, refused, "connect y to z", "y is now connected to z")
+    assert later == "connected y to z."
+
+
 def test_progress_counts_waits_and_stays_of_one_size():
     text = "None"
     for _ in range(40):
