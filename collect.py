@@ -44,6 +44,7 @@ class Config:
     repeats: int = 1  # plays every episode this often, each time with another seed
     max_steps: int = 50  # environment steps per episode (gold paths are replayed whole)
     checkpoint: Path | None = None  # policy folder, for --source policy
+    gold: Path | None = None  # what --source gold wrote for the same panel, for --source stumble
     ends: Ends = "claim"  # what ends a subtask in play; a flat policy has none
     max_actions: int = 0  # cap on the actions of one subtask (--ends cap: its length); 0 is the world's own
     judge: Literal["rules", "chat"] = "rules"  # who verifies completion: rules, or the model at --teacher-url
@@ -87,8 +88,8 @@ def annotated_gold(pool: EnvPool, panel: list, config: Config, expert: str) -> I
 
 
 def stumbles(pool: EnvPool, panel: list, config: Config, repeat: int) -> Iterator[Episode]:
-    """Gold paths with refused tries, annotated; those that end at score 100 all the same."""
-    gold = list(tqdm(annotated_gold(pool, panel, config, "gold"), "gold", len(panel), leave=False))
+    """The panel's gold paths with refused tries, annotated; those that end at score 100 all the same."""
+    gold = [e for e in read_episodes(config.gold) if (e.task, e.variation) in panel]
     seed, judge = episode_seed(config.seed, repeat), annotate.rules(config.env).judge
     for e in scripted.play_stumbling(pool, gold, config.env, seed, judge):
         if e.success:
@@ -135,6 +136,8 @@ def main(config: Config) -> None:
     torch.set_num_threads(config.threads or torch.get_num_threads())
     if config.source == "policy" and config.checkpoint is None:
         raise ValueError("--source policy needs --checkpoint FOLDER: train one with train_sft.py")
+    if config.source == "stumble" and config.gold is None:
+        raise ValueError("--source stumble needs --gold FILE: what collect.py --source gold wrote")
     if config.judge == "chat" and not config.teacher_url:
         raise ValueError("--judge chat needs --teacher-url URL: an OpenAI-compatible endpoint")
     panel = read_panel(config.env, config.panel, "train", config.limit)

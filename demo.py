@@ -81,9 +81,10 @@ def stages(c: Config) -> list[tuple[str, str]]:
     ]
     random = f"{evaluate} --agent random --name random"
     if c.env == "scienceworld":  # one random episode of each type: listing its valid actions is slow
-        stumbles = f"collect.py --source stumble {world} --out {o}/stumbles.jsonl {common}"
+        files = f"--gold {o}/gold.jsonl --out {o}/stumbles.jsonl"
+        stumbles = f"collect.py --source stumble {world} {files} {common}"
         random_row = (f"{o}/results/random.json", f"{random} --limit 1")
-        return [(f"{o}/stumbles.done", stumbles), random_row, *train]
+        return [random_row, train[0], (f"{o}/stumbles.done", stumbles), *train[1:]]
     expert = f"{evaluate} --agent gold --name expert"
     return [*train, (f"{o}/results/random.json", random), (f"{o}/results/expert.json", expert)]
 

@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 type=$1 seeds=${2:-"0 1 2"} arms=${3:-"glider awac ac"} online=${4:---env-steps 10000}
-out=out/o2o/$type base=out/o2o/base python=.venv/bin/python threads="--threads ${THREADS:-2}" env=""
+out=out/o2o/$type base=base/held_out python=.venv/bin/python threads="--threads ${THREADS:-2}" env=""
 declare -A epochs=([find-animal]=1.5 [boil]=3 [test-conductivity]=8 [heat]=5)
 practice="--practice out/o2o/practice.jsonl $out/stumbles.jsonl"
 [ "$type" != heat ] || { base=base env="--env alfworld --workers 0" practice=""; }
@@ -19,16 +19,16 @@ critic="--credit.limit end --rl.expectile 0.5 --rl.gamma 0.95 --rl.critic-lr 1e-
 update="$critic --rl.temperature 0.05 --rl.actor-lr 5e-4 --batch-size 32 --online-share 2"
 planner="--temperature 0.5 --planning-ratio 1.4 --explore 0.1 --give-up 6"
 
-[ "$base" = base ] || [ -f "$base/pretrain.json" ] || {
+[ "$base" = base ] || [ -f "$base/pretrain.json" ] || {  # shipped; remove the folder to make it again
   $python collect.py --source explore --panel without --max-steps 40 --out out/o2o/explore.jsonl
-  $python base/pretrain.py --text out/o2o/explore.jsonl --out $base --tokens 30e6 --threads "${THREADS:-2}" \
+  $python base/pretrain.py --text out/o2o/explore.jsonl --out $base --tokens 16e6 --threads "${THREADS:-2}" \
     --words "${WORDS:-/usr/share/dict/american-english-small}"  # apt install wamerican-small, or any list
 }
 [ -z "$practice" ] || $python collect.py --source practice --panel without --limit 30 --max-steps 40 --out out/o2o/practice.jsonl
 start() { # folder, flags of SFT: to the checkpoint that goes online
   [ ! -f "$out/$1/orl/policy.json" ] || return 0
   $python collect.py --source gold $env --panel "$type-family" --out "$out/gold.jsonl"
-  [ -z "$practice" ] || $python collect.py --source stumble --panel "$type-family" --out "$out/stumbles.jsonl"
+  [ -z "$practice" ] || $python collect.py --source stumble --panel "$type-family" --gold "$out/gold.jsonl" --out "$out/stumbles.jsonl"
   [ -f "$out/$1/sft/policy.json" ] || $python train_sft.py --model $base --data "$out/gold.jsonl" --out "$out/$1/sft" --rename 0.5 \
     --epochs "${epochs[$type]}" $threads ${2:-$practice} $(resume "$out/$1/sft")
   $python collect.py --source policy $env --panel "$type-family" --limit 15 --checkpoint "$out/$1/sft" --out "$out/$1/rollouts.jsonl" $threads

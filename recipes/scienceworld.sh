@@ -12,7 +12,7 @@ out=out/$panel python=.venv/bin/python threads="--threads ${THREADS:-2}"
 resume() { if [ -f "$1/config.json" ]; then echo --resume; fi; }
 
 $python collect.py --source gold --panel "$panel" --out "$out/gold.jsonl"
-$python collect.py --source stumble --panel "$panel" --out "$out/stumbles.jsonl"
+$python collect.py --source stumble --panel "$panel" --gold "$out/gold.jsonl" --out "$out/stumbles.jsonl"
 for seed in $seeds; do
   run=$out/seed$seed
   [ -f "$run/sft/policy.json" ] ||

@@ -203,8 +203,12 @@ def test_a_try_that_the_world_understands_is_taken_out_and_the_path_played_again
 
 
 def test_stumbles_are_collected_as_annotated_successes(tmp_path):
-    file = tmp_path / "stumbles.jsonl"
-    collect.main(collect.Config(file, "stumble", limit=1, slots=8, workers=1, threads=1))
+    gold, file = tmp_path / "gold.jsonl", tmp_path / "stumbles.jsonl"
+    common = {"limit": 1, "slots": 8, "workers": 1, "threads": 1}
+    with pytest.raises(ValueError, match="needs --gold"):
+        collect.main(collect.Config(file, "stumble", **common))
+    collect.main(collect.Config(gold, **common))
+    collect.main(collect.Config(file, "stumble", gold=gold, **common))
     episodes = read_episodes(file)
     assert episodes and all(e.success and e.segments and e.source.startswith("stumble") for e in episodes)
     assert all(t.progress for e in episodes for t in e.turns)
