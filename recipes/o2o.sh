@@ -16,7 +16,7 @@ practice="--practice out/o2o/practice.jsonl $out/stumbles.jsonl"
 resume() { if [ -f "$1/config.json" ]; then echo --resume; fi; }
 # Why these flags: docs/log.md.
 critic="--credit.limit end --rl.expectile 0.5 --rl.gamma 0.95 --rl.critic-lr 1e-3"
-update="$critic --rl.temperature 0.05 --rl.actor-lr 5e-4 --batch-size 32 --online-share 2"
+update="$critic --rl.temperature 0.05 --rl.actor-lr 5e-4 --batch-size 16 --updates 4 --online-share 2"
 planner="--temperature 0.5 --planning-ratio 1.4 --explore 0.1 --give-up 6"
 
 [ "$base" = base ] || [ -f "$base/pretrain.json" ] || {  # shipped; remove the folder to make it again
