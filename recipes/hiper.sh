@@ -12,7 +12,7 @@ out=out/hiper-$world python=.venv/bin/python threads="--threads ${THREADS:-2}"
 resume() { if [ -f "$1/config.json" ]; then echo --resume; fi; }
 case $world in
   alfworld) gold="--panel tenth --workers 0" epochs=5 play="--panel official" ;;
-  scienceworld) gold="--panel demo" epochs="3 --rename 0.5" play="--panel demo --dev dev --workers 2 --episodes 640 --eval-every 320" ;;
+  scienceworld) gold="--panel demo" epochs=3 play="--panel demo --dev dev --workers 2 --episodes 640 --eval-every 320" ;;
 esac
 
 $python collect.py --source gold --env $world $gold --out $out/gold.jsonl
