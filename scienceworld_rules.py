@@ -150,7 +150,7 @@ KINDS = [
     (rf"{_SELF}(?:open (?!door).+\n|deactivate .+\n)*pick up {X}\n(?:0\n)?", "get the {x}",
         "You move the {x} to the inventory", "inventory {x}"),
     (rf"{_OPEN}focus on {X}\n(?:0\n)?", "focus on the {x}", r"You focus on the {x}\.", ""),
-    (r"(?:connect (?!.+ REFUSED).+\n)+", "connect {devices} with the {wires}",
+    (r"(?:connect (?!.+ REFUSED).+\n){1,2}", "connect {devices} with the {wires}",
         r"on {x} is now connected to .* on {y}\.?$", ""),
     (rf"{_SELF}{_OPEN}(?:examine .+\n)?mix {X}(?: containing .+)?\n", "mix the contents of the {x}",
         " mix to produce ", ""),

@@ -13,6 +13,7 @@ import prompts
 from data import Episode, Segment, Turn
 from envs import EnvPool, StepResult
 from hierarchy import episode_seed
+from scienceworld_rules import DISTANCE, room_of
 
 # Exploration: template -> weight; A is a thing in view, I a thing held. A wrong `focus on` ends the episode,
 # so it is never explored.
@@ -65,20 +66,57 @@ def play(
                 yield running.pop(slot)[0]
 
 
+def doors(obs: str) -> dict[str, str]:
+    """Rooms behind the doors in view: "open" or "closed"."""
+    return dict(
+        re.findall(r"(\w[\w ]*) (open|closed)(?:;|$)", prompts.split_obs(obs)[1].partition("doors: ")[2])
+    )
+
+
+def without_detours(path: list[str]) -> list[str]:
+    """Every walk as its last "go to": ScienceWorld's gold paths stroll through rooms before the right one."""
+    kept = []
+    for action in path:
+        if action.startswith("go to "):
+            while kept and kept[-1].startswith(("go to ", "open door to ")):
+                kept.pop()
+        kept.append(action)
+    return kept
+
+
 def play_gold(pool: EnvPool, panel: list, env: str, expert: str = "gold") -> Iterator[Episode]:
     """Replays an expert's solutions; actions after completion are dropped, the episode being over.
 
     expert: "gold" is the simulator's own path in ScienceWorld, the searching expert's in ALFWorld, which has
-    "oracle" and "recorded" besides.
+    "oracle" and "recorded" besides. ScienceWorld's goes the shortest way, unless it then fails (time passes).
     """
 
     def choose(episode: Episode, now: StepResult, path: list[str]) -> str | None:
         return path[len(episode.turns)] if len(episode.turns) < len(path) else None
 
+    def choose_way(episode: Episode, now: StepResult, path: list[str]) -> str | None:
+        left = plans.setdefault((episode.task, episode.variation), without_detours(path))
+        here = room_of(now.obs)
+        if left and left[0] == f"go to {here}":
+            left.pop(0)
+        if not left or not left[0].startswith("go to "):
+            return left.pop(0) if left else None
+        ways, goal = doors(now.obs), left[0].removeprefix("go to ")
+        room = min(ways, key=lambda room: DISTANCE[room, goal])
+        return f"go to {room}" if ways[room] == "open" else f"open door to {room}"
+
     if expert != "gold" and not env.startswith("alfworld"):
         raise ValueError(f"{env} has no {expert!r} paths, ALFWorld has: use 'gold'")
+    plans, failed = {}, []
     source = "expert" if expert == "gold" else expert
-    return play(pool, panel, env, source, choose, path=f"{expert}_path")
+    if env == "scienceworld":
+        for e in play(pool, panel, env, source, choose_way, path="gold_path"):
+            if e.success or e.turns[-1].truncated:
+                yield e
+            else:
+                failed.append((e.task, e.variation))
+        panel = failed
+    yield from play(pool, panel, env, source, choose, path=f"{expert}_path")
 
 
 def with_tries(gold: Episode, chance: float, rng: random.Random) -> list[tuple[str, list[str], bool]]:
@@ -205,11 +243,11 @@ def play_explore(pool: EnvPool, panel: list, env: str, seed: int, practice=False
         held = visible_names(inventory)
         names = visible_names(room) + held or ["air"]
         template = rng.choices(list(TEMPLATES), list(TEMPLATES.values()))[0]
-        doors = re.findall(r"(\w[\w ]*) (open|closed)(?:;|$)", room.partition("doors: ")[2])
+        ways = list(doors(now.obs).items())
         if practice and episode.turns and rng.random() < 0.6:
             before = episode.turns[-1]
             opened = before.action.removeprefix("open door to ")
-            if (opened, "open") in doors and opened != before.action:
+            if (opened, "open") in ways and opened != before.action:
                 return f"go to {opened}"
             seen = prompts.split_obs(before.obs)[1]
             if before.action.startswith("open ") and (
@@ -217,12 +255,12 @@ def play_explore(pool: EnvPool, panel: list, env: str, seed: int, practice=False
             ):
                 return f"pick up {rng.choice(found)}"
             came_from = seen.partition(":")[0]
-            if before.action.startswith("go to ") and len(doors) > 1:
-                template, doors = "go", [door for door in doors if door[0] != came_from]
+            if before.action.startswith("go to ") and len(ways) > 1:
+                template, ways = "go", [way for way in ways if way[0] != came_from]
         if template == "go":
-            if not doors:
+            if not ways:
                 return "look around"
-            door, state = rng.choice(doors)
+            door, state = rng.choice(ways)
             return f"go to {door}" if state == "open" else f"open door to {door}"
         shut = re.findall(r"(?:[:;,]|with) ([\w ]+?)(?: on| off)? closed", room.partition("doors: ")[0])
         if practice and shut and rng.random() < 0.15:
