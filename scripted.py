@@ -111,7 +111,7 @@ def play_gold(pool: EnvPool, panel: list, env: str, expert: str = "gold") -> Ite
     source = "expert" if expert == "gold" else expert
     if env == "scienceworld":
         for e in play(pool, panel, env, source, choose_way, path="gold_path"):
-            if e.success or e.turns[-1].truncated:
+            if e.success or any(t.truncated for t in e.turns):
                 yield e
             else:
                 failed.append((e.task, e.variation))

@@ -223,3 +223,45 @@ def test_the_words_of_new_names_are_pieces_that_begin_a_word():
             return [["Ġmug", "ing", "Ġa", "ĠMug", "▁lamp", "Ġ123", "<eos>"][i] for i in ids]
 
     assert vocabulary(Pieces()) == ["lamp", "mug"]
+
+
+def test_a_walk_is_its_last_step_and_other_doors_stay():
+    path = [
+        "open door to hallway", "go to hallway", "open door to kitchen", "go to kitchen", "pick up cup",
+        "open door to outside", "go to outside", "open bee hive", "open door to foundry",
+    ]  # fmt: skip
+    kept = ["go to kitchen", "pick up cup", "go to outside", "open bee hive", "open door to foundry"]
+    assert scripted.without_detours(path) == kept
+
+
+def test_gold_goes_the_shortest_way_and_connects_one_device_after_another():
+    panel = [("test-conductivity", 477)]  # the simulator's path looks for the clip in four wrong rooms
+    with EnvPool("scienceworld", 1, workers=1, max_steps=10**6) as pool:
+        theirs = pool.call({0: ("gold_path", *panel[0])})[0]
+        (ours,) = scripted.play_gold(pool, panel, "scienceworld")
+    walks = [[a for a in path if a.startswith("go to")] for path in (theirs, [t.action for t in ours.turns])]
+    assert ours.success and len(walks[0]) > len(walks[1])
+    assert walks[1] == ["go to hallway", "go to kitchen", "go to hallway", "go to workshop"]
+    names = [s.subtask for s in annotate.annotate(ours).segments]
+    wires = [re.findall(r"connect the (.+) with the (\w+) and (\w+) wires", name) for name in names]
+    ((first, a, b),), ((_, c, d),), ((last, e, f),) = filter(None, wires)
+    assert (first, last) == ("battery", "paper clip") and a == c and b == e and d == f
+
+
+def test_gold_falls_back_to_the_simulators_way_where_the_shortest_fails():
+    class Pool:  # a world in which only the path with the detour ends well
+        size = 1
+
+        def call(self, asked):
+            if not asked:
+                return {}
+            (kind, *rest) = asked[0]
+            if kind == "gold_path":
+                return {0: ["open door to hallway", "go to hallway", "open door to kitchen", "go to kitchen"]}
+            self.actions = [] if kind == "reset" else [*self.actions, *rest]
+            long = len(self.actions) == 4
+            obs = OBS_SEPARATOR.join(["", "This room is called the kitchen. In it, you see: nothing", ""])
+            return {0: StepResult(obs, "task", 0.0, 100.0 * long, long, False, long)}
+
+    (e,) = scripted.play_gold(Pool(), [("any", 0)], "scienceworld")
+    assert e.success and len(e.turns) == 4
