@@ -20,10 +20,10 @@ DISTANCE |= {pair: 1 for a, b in DOORS for pair in ((a, b), (b, a))}
 for via in ROOMS:  # Floyd-Warshall
     DISTANCE = {(a, b): min(d, DISTANCE[a, via] + DISTANCE[via, b]) for (a, b), d in DISTANCE.items()}
 
-# Names that a subtask may use unseen: the same in every house, and the stages of life.
+# Names that a subtask may use unseen: the same in every house, the stages of life, and what connects.
 COMMON_NAMES = f"""{" ".join(ROOMS)} thermometer metal pot sink stove freezer blast furnace oven water
     stopwatch shovel soil jug recipe battery wire block egg hatchling juvenile adult baby seed seedling stage
-    reproducing tadpole caterpillar pupa"""
+    reproducing tadpole caterpillar pupa terminal 1 2"""
 PLAIN_WORDS = frozenset(  # words that name no object, place or number
     """a action activated after again all already an and anode another approximately are around asked at away
     be been before both bottom broken by cathode celsius checked choose close closed complete completed
@@ -150,8 +150,8 @@ KINDS = [
     (rf"{_SELF}(?:open (?!door).+\n|deactivate .+\n)*pick up {X}\n(?:0\n)?", "get the {x}",
         "You move the {x} to the inventory", "inventory {x}"),
     (rf"{_OPEN}focus on {X}\n(?:0\n)?", "focus on the {x}", r"You focus on the {x}\.", ""),
-    (r"(?:connect (?!.+ REFUSED).+\n){1,2}", "connect {devices} with the {wires}",
-        r"on {x} is now connected to .* on {y}\.?$", ""),
+    (r"(?:connect (?!.+ REFUSED).+\n){1,2}", "connect the {device}, {links}",
+        r"(?:^|\)){a} on {x} is now connected to {b} on {y}\.?$", ""),
     (rf"{_SELF}{_OPEN}(?:examine .+\n)?mix {X}(?: containing .+)?\n", "mix the contents of the {x}",
         " mix to produce ", ""),
     (rf"{_SELF}{_OPEN}pour {X} in(?:to)? {Y}\n(?:0\n)?",
@@ -188,9 +188,9 @@ def _completed(goal: dict[str, str], said: str, shown: str, obs: str) -> bool:
     answer = re.search(said, feedback)
     if not answer or goal.get("room", here) != here:
         return False
-    if "wires" in goal:  # the last link joins the last device and the last wire
-        colour = goal["wires"].removesuffix(" wires").split(" and ")[-1]
-        return {*answer.groups()} == {re.split(" and |^the ", goal["devices"])[-1], f"{colour} wire"}
+    if "links" in goal:  # the last one is made
+        part, _, wire = goal["links"].split(", ")[-1].partition(" to ")
+        return {part, goal["device"], wire} <= {*answer.groups()}
     goal = goal | {"here": here}
     if any(part and not {*words(part)} <= {*words(goal[k])} for k, part in answer.groupdict().items()):
         return False
@@ -243,10 +243,10 @@ def _names(match: re.Match, feedbacks: list[str], i: int, obs: str) -> dict[str,
         fill |= {} if "inclined" in found[2] else {"y": found[2]}
     elif found := re.search(r"You pour the contents of the ([\w -]+) into the ([\w -]+)", said):
         fill |= {"y": found[2]} | ({} if "containing" in groups.get("x", "") else {"x": found[1]})
-    links = re.findall(r"on ([\w -]+) is now connected to .* on ([\w -]+)", said)
-    parts = dict.fromkeys(name for link in links for name in link)
-    fill["devices"] = "the " + _and([p for p in parts if not p.endswith(" wire")])
-    fill["wires"] = _and([p.removesuffix(" wire") for p in parts if p.endswith(" wire")]) + " wires"
+    links = re.findall(r"([\w ]+) on ([\w -]+) is now connected to ([\w ]+) on ([\w -]+)", said)
+    links = [(c, d, b) if b.endswith(" wire") else (a, b, d) for a, b, c, d in links]
+    fill["device"] = links[0][1] if links else ""
+    fill["links"] = ", ".join(f"{part} to {wire}" for part, _, wire in links)
     fill["pots"] = _and(list(dict.fromkeys(re.findall(r"into the ([\w ]+)", said))))
     ticks = re.findall(r"reads (\d+) ticks", "\n".join(feedbacks[:i]))
     fill["carry"] = f", {ticks[-1]} ticks on the other" if ticks else ""

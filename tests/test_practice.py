@@ -243,9 +243,10 @@ def test_gold_goes_the_shortest_way_and_connects_one_device_after_another():
     assert ours.success and len(walks[0]) > len(walks[1])
     assert walks[1] == ["go to hallway", "go to kitchen", "go to hallway", "go to workshop"]
     names = [s.subtask for s in annotate.annotate(ours).segments]
-    wires = [re.findall(r"connect the (.+) with the (\w+) and (\w+) wires", name) for name in names]
-    ((first, a, b),), ((_, c, d),), ((last, e, f),) = filter(None, wires)
-    assert (first, last) == ("battery", "paper clip") and a == c and b == e and d == f
+    form = r"connect the (.+), (.+) to (\w+) wire, (.+) to (\w+) wire"
+    first, second, last = (match.groups() for name in names if (match := re.fullmatch(form, name)))
+    assert first[:2] == ("battery", "anode") and last[:2] == ("paper clip", "terminal 1")
+    assert (first[2], first[4], second[4]) == (second[2], last[2], last[4]), "the wires join the devices"
 
 
 def test_gold_falls_back_to_the_simulators_way_where_the_shortest_fails():
