@@ -107,9 +107,14 @@ def by_level_and_task(decisions: list[Transition], shares: tuple[float, float, f
 
 
 def renamed(t: Transition, names: list[str], words: list[str], rng: random.Random) -> Transition:
-    """The decision under other names of things. What its prompt does not name keeps its name."""
+    """The decision under other names of things. What its prompt does not name keeps its name.
+
+    As it is where the answer has an old name in short ("buzzer" for an electric buzzer, now a "lamp").
+    """
     new = new_names([name for name in names if re.search(rf"\b{re.escape(name)}\b", t.prompt)], words, rng)
-    return replace(t, prompt=rename(t.prompt, new), completion=rename(t.completion, new))
+    prompt, completion = rename(t.prompt, new), rename(t.completion, new)
+    before, after, said = (set(re.findall("[a-z]+", text)) for text in (t.prompt, prompt, completion))
+    return t if said & before - after else replace(t, prompt=prompt, completion=completion)
 
 
 def sft_loss(policy, batch, count: int, precision: str) -> torch.Tensor:

@@ -56,6 +56,17 @@ def test_a_decision_keeps_its_sense_and_what_its_prompt_does_not_name_keeps_its_
     )
 
 
+def test_a_name_said_in_short_is_not_hidden_from_the_prompt():
+    decision = Transition(
+        "executor", "Subtask: get the electric buzzer", " pick up buzzer; True",
+        [], [], 0.0, 1, False, False, "", "executor", "expert", "expert/boil/1", 0,
+    )  # fmt: skip
+    for seed in range(9):
+        assert (
+            train_sft.renamed(decision, ["electric buzzer"], ["mug", "pen"], random.Random(seed)) == decision
+        )
+
+
 def test_renaming_needs_decisions_of_roles(tmp_path):
     with pytest.raises(ValueError, match="leave them out with --plan-execute"):
         train_sft.main(train_sft.Config(tmp_path, tmp_path / "out", rename=0.5, plan_execute=True))
