@@ -189,8 +189,7 @@ def _completed(goal: dict[str, str], said: str, shown: str, obs: str) -> bool:
     if not answer or goal.get("room", here) != here:
         return False
     if "links" in goal:  # the last one is made
-        part, _, wire = goal["links"].split(", ")[-1].partition(" to ")
-        return {part, goal["device"], wire} <= {*answer.groups()}
+        return {goal["device"], *goal["links"].split(", ")[-1].split(" to ")} <= {*answer.groups()}
     goal = goal | {"here": here}
     if any(part and not {*words(part)} <= {*words(goal[k])} for k, part in answer.groupdict().items()):
         return False
@@ -244,9 +243,9 @@ def _names(match: re.Match, feedbacks: list[str], i: int, obs: str) -> dict[str,
     elif found := re.search(r"You pour the contents of the ([\w -]+) into the ([\w -]+)", said):
         fill |= {"y": found[2]} | ({} if "containing" in groups.get("x", "") else {"x": found[1]})
     links = re.findall(r"([\w ]+) on ([\w -]+) is now connected to ([\w ]+) on ([\w -]+)", said)
-    links = [(c, d, b) if b.endswith(" wire") else (a, b, d) for a, b, c, d in links]
-    fill["device"] = links[0][1] if links else ""
-    fill["links"] = ", ".join(f"{part} to {wire}" for part, _, wire in links)
+    links = [(b, c, d) if b.endswith(" wire") else (a, d, b) for a, b, c, d in links]  # from, to, device
+    fill["device"] = links[0][2] if links else ""
+    fill["links"] = ", ".join(f"{start} to {end}" for start, end, _ in links)
     fill["pots"] = _and(list(dict.fromkeys(re.findall(r"into the ([\w ]+)", said))))
     ticks = re.findall(r"reads (\d+) ticks", "\n".join(feedbacks[:i]))
     fill["carry"] = f", {ticks[-1]} ticks on the other" if ticks else ""

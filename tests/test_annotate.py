@@ -180,7 +180,7 @@ def test_books_lose_their_titles_and_a_refused_link_ends_the_connecting():
     seen = "You see the book (The Origin), a battery, a black wire, a jar"
     observations = [obs(seen), *(obs(text, KITCHEN, "a book (The Origin)") for text in feedback.values())]
     groups = split("test the book, battery, black wire and jar", [*feedback], observations)
-    names = ["get the book", "connect the battery, anode to black wire", "try another action", "drop the jar"]
+    names = ["get the book", "connect the battery, black wire to anode", "try another action", "drop the jar"]
     assert [name for name, _, _ in groups] == names
     assert groups[-1][1:] == (3, 5)
     assert judge(names[0], observations[1]) and judge(names[3], observations[5])
@@ -362,7 +362,7 @@ CASES = [  # subtask, an observation that completes it, near misses that do not
     ),
     ("fill the metal pot at the sink", obs("The sink appears broken, and can't be activated."), []),
     (
-        "connect the red light bulb, cathode to black wire, anode to blue wire",
+        "connect the red light bulb, black wire to cathode, blue wire to anode",
         obs("terminal 2 on blue wire is now connected to anode on red light bulb"),
         [
             obs("terminal 2 on black wire is now connected to cathode on red light bulb"),
