@@ -99,11 +99,13 @@ def play_gold(pool: EnvPool, panel: list, env: str, expert: str = "gold") -> Ite
         here = room_of(now.obs)
         if left and left[0] == f"go to {here}":
             left.pop(0)
-        if not left or not left[0].startswith("go to "):
-            return left.pop(0) if left else None
+        if not left or len(episode.turns) >= len(path):  # no way is longer, unless a door does not open
+            return None
+        if not left[0].startswith("go to "):
+            return left.pop(0)
         ways, goal = doors(now.obs), left[0].removeprefix("go to ")
-        room = min(ways, key=lambda room: DISTANCE[room, goal])
-        return f"go to {room}" if ways[room] == "open" else f"open door to {room}"
+        room = min(ways, key=lambda room: DISTANCE.get((room, goal), 9), default=goal)
+        return f"go to {room}" if ways.get(room) == "open" else f"open door to {room}"
 
     if expert != "gold" and not env.startswith("alfworld"):
         raise ValueError(f"{env} has no {expert!r} paths, ALFWorld has: use 'gold'")

@@ -249,7 +249,8 @@ def test_gold_goes_the_shortest_way_and_connects_one_device_after_another():
     assert (first[2], first[4], second[3]) == (second[1], last[2], last[4]), "the wires join the devices"
 
 
-def test_gold_falls_back_to_the_simulators_way_where_the_shortest_fails():
+@pytest.mark.parametrize("room", ["kitchen", "cellar"])  # there already; where no door leads on
+def test_gold_falls_back_to_the_simulators_way_where_the_shortest_fails(room):
     class Pool:  # a world in which only the path with the detour ends well
         size = 1
 
@@ -260,8 +261,8 @@ def test_gold_falls_back_to_the_simulators_way_where_the_shortest_fails():
             if kind == "gold_path":
                 return {0: ["open door to hallway", "go to hallway", "open door to kitchen", "go to kitchen"]}
             self.actions = [] if kind == "reset" else [*self.actions, *rest]
-            long = len(self.actions) == 4
-            obs = OBS_SEPARATOR.join(["", "This room is called the kitchen. In it, you see: nothing", ""])
+            long = self.actions[1:2] == ["go to hallway"] and len(self.actions) == 4
+            obs = OBS_SEPARATOR.join(["", f"This room is called the {room}. In it, you see: nothing", ""])
             return {0: StepResult(obs, "task", 0.0, 100.0 * long, long, False, long)}
 
     (e,) = scripted.play_gold(Pool(), [("any", 0)], "scienceworld")
