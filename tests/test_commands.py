@@ -44,7 +44,7 @@ def kind(command: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(one_simulator, tmp_path_factory):
-    """A copy of the repository with panels of two episodes and no results: a command may write where it likes."""
+    """A copy of the repository, panels of two episodes, no results: a command may write where it likes."""
     root = tmp_path_factory.mktemp("repository")
     for path in ROOT.iterdir():
         if path.name not in ("out", "results", "panels") and path.name[0] != ".":
