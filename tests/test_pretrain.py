@@ -1,5 +1,6 @@
 """base/pretrain.py: what the text of the base holds, for both worlds."""
 
+import json
 import random
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ import scripted
 from base import pretrain
 from data import write_episodes
 from envs import EnvPool, read_panel
+from model import load_backbone
 
 DESK = (
     "You arrive at desk 1. On the desk 1, you see a mug 2, a mug 1, and a pen 3.\n\n"
@@ -129,3 +131,12 @@ def test_rare_pieces_are_spelled_with_common_ones_and_parts_of_common_ones_stay(
     assert tokenizer.tokenize(" zebra") == ["Ġ", "z", "e", "b", "r", "a"], "its own parts are rare too"
     assert tokenizer.tokenize(" mug mat") == ["Ġmug", "Ġmat"], "common, and what it is made of"
     assert tokenizer.decode(tokenizer(text).input_ids) == text and len(tokenizer) == size
+
+
+@pytest.mark.parametrize("folder", ["base", "base/held_out"])
+def test_the_shipped_weights_are_those_of_their_record(folder):
+    shipped = Path(__file__).parent.parent / folder
+    record = json.loads((shipped / "pretrain.json").read_text())
+    model, _ = load_backbone(str(shipped))
+    assert sum(p.numel() for p in model.parameters()) == record["parameters"]
+    assert record["tokens"] > 10e6 and record["copied"] > 0.9, "a test or a trial run has written over it"
