@@ -150,7 +150,7 @@ KINDS = [
     (rf"{_SELF}(?:open (?!door).+\n|deactivate .+\n)*pick up {X}\n(?:0\n)?", "get the {x}",
         "You move the {x} to the inventory", "inventory {x}"),
     (rf"{_OPEN}focus on {X}\n(?:0\n)?", "focus on the {x}", r"You focus on the {x}\.", ""),
-    (r"(?:connect (?!.+ REFUSED).+\n){1,2}", "connect the {device}, {links}",
+    (r"(?:connect (?!.+ REFUSED).+\n){1,2}", "connect {links}",
         r"(?:^|\)){a} on {x} is now connected to {b} on {y}\.?$", ""),
     (rf"{_SELF}{_OPEN}(?:examine .+\n)?mix {X}(?: containing .+)?\n", "mix the contents of the {x}",
         " mix to produce ", ""),
@@ -189,7 +189,7 @@ def _completed(goal: dict[str, str], said: str, shown: str, obs: str) -> bool:
     if not answer or goal.get("room", here) != here:
         return False
     if "links" in goal:  # the last one is made
-        return {goal["device"], *goal["links"].split(", ")[-1].split(" to ")} <= {*answer.groups()}
+        return goal["links"].split(", ")[-1] == _link(*answer.groups())
     goal = goal | {"here": here}
     if any(part and not {*words(part)} <= {*words(goal[k])} for k, part in answer.groupdict().items()):
         return False
@@ -225,6 +225,11 @@ def _and(names: list[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
+def _link(end: str, thing: str, other_end: str, other: str) -> str:
+    """A connection as its action says it, without the ends of the wire."""
+    return f"{thing} to {other_end} in {other}" if thing.endswith(" wire") else f"{thing} {end} to {other}"
+
+
 def _names(match: re.Match, feedbacks: list[str], i: int, obs: str) -> dict[str, str]:
     """What fills the form of the group matched at i; the world's words come before the gold path's."""
     groups = {key: value for key, value in match.groupdict().items() if value}
@@ -243,9 +248,7 @@ def _names(match: re.Match, feedbacks: list[str], i: int, obs: str) -> dict[str,
     elif found := re.search(r"You pour the contents of the ([\w -]+) into the ([\w -]+)", said):
         fill |= {"y": found[2]} | ({} if "containing" in groups.get("x", "") else {"x": found[1]})
     links = re.findall(r"([\w ]+) on ([\w -]+) is now connected to ([\w ]+) on ([\w -]+)", said)
-    links = [(b, c, d) if b.endswith(" wire") else (a, d, b) for a, b, c, d in links]  # from, to, device
-    fill["device"] = links[0][2] if links else ""
-    fill["links"] = ", ".join(f"{start} to {end}" for start, end, _ in links)
+    fill["links"] = ", ".join(_link(*link) for link in links)
     fill["pots"] = _and(list(dict.fromkeys(re.findall(r"into the ([\w ]+)", said))))
     ticks = re.findall(r"reads (\d+) ticks", "\n".join(feedbacks[:i]))
     fill["carry"] = f", {ticks[-1]} ticks on the other" if ticks else ""

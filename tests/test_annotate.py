@@ -180,7 +180,7 @@ def test_books_lose_their_titles_and_a_refused_link_ends_the_connecting():
     seen = "You see the book (The Origin), a battery, a black wire, a jar"
     observations = [obs(seen), *(obs(text, KITCHEN, "a book (The Origin)") for text in feedback.values())]
     groups = split("test the book, battery, black wire and jar", [*feedback], observations)
-    names = ["get the book", "connect the battery, black wire to anode", "try another action", "drop the jar"]
+    names = ["get the book", "connect black wire to anode in battery", "try another action", "drop the jar"]
     assert [name for name, _, _ in groups] == names
     assert groups[-1][1:] == (3, 5)
     assert judge(names[0], observations[1]) and judge(names[3], observations[5])
@@ -285,7 +285,7 @@ def test_progress_text_is_pure():
 
 
 def test_a_refusal_does_not_take_the_last_connection_from_the_progress():
-    task, link = "connect the battery, anode to yellow wire", "connected anode on battery to x."
+    task, link = "connect battery anode to yellow wire", "connected anode on battery to x."
     refused = progress_text(task, link, "connect y to z", "No known action matches that input.")
     assert refused == f"{link} the action is not understood."
     later = progress_text(task, refused, "connect y to z", "y is now connected to z")
@@ -362,7 +362,7 @@ CASES = [  # subtask, an observation that completes it, near misses that do not
     ),
     ("fill the metal pot at the sink", obs("The sink appears broken, and can't be activated."), []),
     (
-        "connect the red light bulb, black wire to cathode, blue wire to anode",
+        "connect black wire to cathode in red light bulb, blue wire to anode in red light bulb",
         obs("terminal 2 on blue wire is now connected to anode on red light bulb"),
         [
             obs("terminal 2 on black wire is now connected to cathode on red light bulb"),
