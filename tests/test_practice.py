@@ -234,6 +234,14 @@ def test_a_walk_is_its_last_step_and_other_doors_stay():
     assert scripted.without_detours(path) == kept
 
 
+def test_gold_names_the_buzzer_whole():
+    panel = [("test-conductivity", 495)]
+    with EnvPool("scienceworld", 1, workers=1, max_steps=10**6) as pool:
+        (path,) = scripted.play_gold(pool, panel, "scienceworld")
+    assert path.success and path.turns[-1].action.startswith("move paper clip")
+    assert [t.action.split(" in ")[1] for t in path.turns if " in " in t.action] == ["electric buzzer"] * 2
+
+
 def test_gold_goes_the_shortest_way_and_connects_one_device_after_another():
     panel = [("test-conductivity", 477)]  # the simulator's path looks for the clip in four wrong rooms
     with EnvPool("scienceworld", 1, workers=1, max_steps=10**6) as pool:
