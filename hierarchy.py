@@ -182,26 +182,37 @@ class Guided(Player):
 
 
 class Curious(Player):
-    """A player whose planner, with probability epsilon, begins with another word; the policy says the rest.
+    """A player whose planner, with probability epsilon, says something else than it would.
 
-    words: the first words of subtasks, e.g. ["get", "go"]. Epsilon-greedy over kinds of subtasks: a policy
-    fresh from imitation gives most of them no probability, and what is never tried is never learned.
+    Half of these times it begins with another word and the policy says the rest; half of them it says another
+    of the `plans` that begin with its own word ("explore the outside" for "explore the kitchen"). Epsilon-
+    greedy over kinds of subtasks, and over what they are about: a policy fresh from imitation gives most of
+    them no probability, and what is never tried is never learned.
+
+    plans: subtasks, e.g. an expert's; one that stands there twice is drawn twice as often.
     """
 
-    def __init__(self, *args, epsilon: float, words: list[str], **fields):
+    def __init__(self, *args, epsilon: float, plans: list[str], **fields):
         super().__init__(*args, **fields)
-        self.epsilon, self.words, self.first = epsilon, words, ""
+        self.epsilon, self.first, self.other = epsilon, "", False
+        self.plans = {}  # by first word
+        for plan in plans:
+            self.plans.setdefault(plan.split()[0], []).append(plan)
 
     def request(self) -> Request:
-        """As Player; the first word stands at the end of the prompt."""
-        request, self.first = super().request(), ""
-        rng = random.Random(request.seed)
-        if request.role == "planner" and rng.random() < self.epsilon:
-            self.first = " " + rng.choice(self.words)
+        """As Player; another first word stands at the end of the prompt."""
+        request, self.first, self.other = super().request(), "", False
+        self.rng = random.Random(request.seed)
+        if request.role == "planner" and self.rng.random() < self.epsilon:
+            self.other = self.rng.random() < 0.5
+            self.first = "" if self.other else " " + self.rng.choice(sorted(self.plans))
         return replace(request, prompt=request.prompt + self.first)
 
     def receive(self, answer: Answer, counts: Counts) -> str | None:
-        """As Player; the first word belongs to the answer."""
+        """As Player; the first word belongs to the answer, and another plan stands for it."""
+        same = self.plans.get(answer.text.split()[0]) if self.other and answer.text.strip() else None
+        if same:
+            answer = _said(answer, " " + self.rng.choice(same))
         return super().receive(_said(answer, self.first + answer.text) if self.first else answer, counts)
 
 

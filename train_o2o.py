@@ -77,7 +77,7 @@ class Config:
     max_steps: int = 50  # environment steps per episode
     ends: Ends = "claim"  # what ends a subtask in play
     max_actions: int = 0  # cap on the actions of one subtask; 0 is the world's own
-    explore: float = 0.0  # probability that the planner begins with another first word of the offline plans
+    explore: float = 0.0  # probability that the planner says another plan: one of the expert's, or so begun
     give_up: int = 0  # times the same subtask is given before an episode of training is cut off; 0: never
     eval_every: int = 2000  # environment steps between evaluations
     slots: int = 32  # episodes played at once
@@ -147,9 +147,8 @@ def main(config: Config) -> None:
     offline = [e for path in config.offline for e in read_episodes(path)]
     decisions = decisions_of(offline, meta, config)
     experts = [t for t in decisions if t.source == "expert" and t.level == "executor"]
-    plans = [t.completion.split() for t in decisions if t.source == "expert" and t.level == "planner"]
-    words = sorted({plan[0] for plan in plans})
-    if config.explore and not words:
+    plans = [t.completion.strip() for t in decisions if t.source == "expert" and t.level == "planner"]
+    if config.explore and not plans:
         raise ValueError("--explore needs an expert's plans: add the gold episodes to --offline")
     held = random.Random(0).sample(experts, min(256, len(experts)))
     panel = read_panel(config.env, config.panel, "train", config.limit)
@@ -185,7 +184,7 @@ def main(config: Config) -> None:
                 history=meta["history"], ends="episode" if meta.get("flat") else config.ends,
                 max_actions=annotate.max_actions(config.env, config.max_actions), seed=seed,
                 source=f"o2o-{round_}",
-                make=lambda _, *usual: Curious(*usual, give_up=give_up, epsilon=epsilon, words=words),
+                make=lambda _, *usual: Curious(*usual, give_up=give_up, epsilon=epsilon, plans=plans),
             )  # fmt: skip
             found = {(e.task, e.variation): e for e in stream}
             policy.train()

@@ -17,7 +17,7 @@ resume() { if [ -f "$1/config.json" ]; then echo --resume; fi; }
 # Why these flags: docs/log.md.
 critic="--credit.limit end --rl.expectile 0.5 --rl.gamma 0.95 --rl.critic-lr 1e-3"
 update="$critic --rl.temperature 0.05 --rl.actor-lr 5e-4 --batch-size 16 --updates 4 --online-share 2"
-planner="--temperature 0.5 --planning-ratio 1.4 --explore 0.1 --give-up 6"
+planner="--temperature 0.5 --planning-ratio 1.4 --explore 0.2 --give-up 6"
 
 [ "$base" = base ] || [ -f "$base/pretrain.json" ] || {  # shipped; remove the folder to make it again
   $python collect.py --source explore --panel without --max-steps 40 --out out/o2o/explore.jsonl

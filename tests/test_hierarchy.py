@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from collections import Counter
 from typing import get_args
 
 import pytest
@@ -420,19 +421,27 @@ def test_results_do_not_depend_on_the_number_of_slots_whatever_ends_a_subtask(en
 
 
 # --- exploring ----------------------------------------------------------------------------------------------
-def test_a_curious_planner_begins_with_another_word_and_the_policy_says_the_rest():
+def test_a_curious_planner_begins_with_another_word_or_speaks_of_another_thing():
     def curious(epsilon):
-        policy = Scripted(planner=lambda r: " the pot" if r.prompt.endswith((" get", " go")) else " goal")
-        make = lambda _, *usual: Curious(*usual, epsilon=epsilon, words=["get", "go"])  # noqa: E731
-        (episode,) = play(policy, FakePool(1, 60), ends="cap", max_actions=1, make=make)
+        policy = Scripted(
+            planner=lambda r: " the pot" if r.prompt.endswith((" get", " go")) else " get a goal"
+        )
+        plans = ["get the cup", "get the cup", "get the jar", "go home"]
+        make = lambda _, *usual: Curious(*usual, epsilon=epsilon, plans=plans)  # noqa: E731
+        (episode,) = play(policy, FakePool(1, 200), ends="cap", max_actions=1, make=make)
         texts = [s.subtask for s in episode.segments]
         sampled = [bool(d.ids) for d in episode.decisions if d.level == "planner"]
-        assert sampled == [text == "goal" for text in texts], "what was put in its mouth is no sample"
-        return texts
+        assert sampled == [text == "get it" for text in texts], "what was put in its mouth is no sample"
+        return Counter(texts)
 
-    assert set(curious(0.0)) == {"goal"}
-    assert set(curious(1.0)) == {"get the pot", "go the pot"}
-    assert 5 < sum(text != "goal" for text in curious(0.3)) < 35  # of 60
+    assert set(curious(0.0)) == {"get it"}
+    found = curious(1.0)
+    assert set(found) == {"get the pot", "go the pot", "get the cup", "get the jar"}, (
+        "go home is no plan to get"
+    )
+    assert 70 < found["get the cup"] + found["get the jar"] < 130, "half of the time"
+    assert found["get the cup"] > found["get the jar"], "as often as among the plans"
+    assert 30 < 200 - curious(0.3)["get it"] < 90
     assert curious(0.3) == curious(0.3), "it is drawn from the request's seed"
 
 

@@ -147,14 +147,14 @@ def test_exploring_and_giving_up_are_for_training_and_need_an_experts_plans(star
 
     class Spy(train_o2o.Curious):
         def __init__(self, *args, **fields):
-            made.append((fields["epsilon"], fields["give_up"], fields["words"]))
+            made.append((fields["epsilon"], fields["give_up"], fields["plans"]))
             super().__init__(*args, **fields)
 
     monkeypatch.setattr(train_o2o, "Curious", Spy)
     train_o2o.main(config(start, "curious", env_steps=6, max_steps=2, explore=0.5, give_up=3))
-    words = sorted({s.subtask.split()[0] for e in read_episodes(start / "gold.jsonl") for s in e.segments})
+    plans = [s.subtask for e in read_episodes(start / "gold.jsonl") for s in e.segments]
     assert {(epsilon, times) for epsilon, times, _ in made} == {(0.5, 3), (0.0, 0)}
-    assert all(found == words for _, _, found in made)
+    assert all(sorted(found) == sorted(plans) for _, _, found in made)
     played = start / "curious" / "online.jsonl"
     with pytest.raises(ValueError, match="--explore needs an expert's plans"):
         train_o2o.main(config(start, "no-plans", explore=0.5, offline=(played,)))
