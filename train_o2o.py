@@ -11,10 +11,12 @@ evals.json, the scores of all evaluations, and online.jsonl, the episodes.
 
 import functools
 import json
+import math
 import random
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 import torch
@@ -77,7 +79,9 @@ class Config:
     max_steps: int = 50  # environment steps per episode
     ends: Ends = "claim"  # what ends a subtask in play
     max_actions: int = 0  # cap on the actions of one subtask; 0 is the world's own
-    explore: float = 0.0  # probability that the planner says another plan: one of the expert's, or so begun
+    explore: float = (
+        0.0  # probability, falling to 0, that the planner says or begins another of the expert's plans
+    )
     give_up: int = 0  # times the same subtask is given before an episode of training is cut off; 0: never
     eval_every: int = 2000  # environment steps between evaluations
     slots: int = 32  # episodes played at once
@@ -122,8 +126,16 @@ def decisions_of(episodes: list[Episode], meta: dict, config: Config) -> list[Tr
 
 
 def trained(decisions: list[Transition], config: Config) -> list[Transition]:
-    """The decisions that are trained on: the planner's alone where the rest is frozen."""
-    return [t for t in decisions if config.frozen != "adapter" or t.level == "planner"]
+    """The decisions that are trained on: the planner's alone where the rest is frozen.
+
+    Of what exploration put into the planner's mouth (no policy sampled it) only what returned more than its
+    own plans do on average: AWR imitates all that it is shown, and would learn to explore.
+    """
+    kept = [t for t in decisions if config.frozen != "adapter" or t.level == "planner"]
+    own = [t.mc_return for t in kept if t.level == "planner" and t.completion_ids]
+    usual = fmean([found for found in own if math.isfinite(found)] or [0.0])
+    forced = [t.level == "planner" and t.source != "expert" and not t.completion_ids for t in kept]
+    return [t for t, is_forced in zip(kept, forced, strict=True) if not is_forced or t.mc_return > usual]
 
 
 @torch.no_grad()
@@ -212,7 +224,7 @@ def main(config: Config) -> None:
                     rng.sample(panel, per_round),
                     config.temperature,
                     episode_seed(config.seed, round_),
-                    config.explore,
+                    config.explore * (1 - steps / config.env_steps),
                     config.give_up,
                 )
                 write_episodes(played_file, fresh, append=True)

@@ -1,6 +1,7 @@
 """train_o2o.py: three ways to hold the executor, its budget, going on after a stop; on generated games."""
 
 import csv
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -151,13 +152,30 @@ def test_exploring_and_giving_up_are_for_training_and_need_an_experts_plans(star
             super().__init__(*args, **fields)
 
     monkeypatch.setattr(train_o2o, "Curious", Spy)
-    train_o2o.main(config(start, "curious", env_steps=6, max_steps=2, explore=0.5, give_up=3))
+    train_o2o.main(config(start, "curious", env_steps=6, episodes=1, max_steps=2, explore=0.5, give_up=3))
     plans = [s.subtask for e in read_episodes(start / "gold.jsonl") for s in e.segments]
-    assert {(epsilon, times) for epsilon, times, _ in made} == {(0.5, 3), (0.0, 0)}
+    assert {times for epsilon, times, _ in made if epsilon} == {3}, "in training"
+    assert {epsilon for epsilon, times, _ in made if not times} == {0.0}, "not in evaluation"
+    epsilons = sorted({epsilon for epsilon, times, _ in made if times}, reverse=True)
+    assert epsilons[0] == 0.5 and len(epsilons) > 1, "it falls"
     assert all(sorted(found) == sorted(plans) for _, _, found in made)
     played = start / "curious" / "online.jsonl"
     with pytest.raises(ValueError, match="--explore needs an expert's plans"):
         train_o2o.main(config(start, "no-plans", explore=0.5, offline=(played,)))
+
+
+def test_what_exploration_said_is_trained_on_where_it_returned_more_than_usual(start):
+    gold = read_episodes(start / "gold.jsonl")
+    (t, *_) = train_o2o.decisions_of(gold, {"history": "progress"}, config(start, "x"))
+    assert t.level == "planner"
+    own = [replace(t, source="o2o-0", completion_ids=[1], mc_return=value) for value in (0.0, 0.5, math.nan)]
+    said = [replace(t, source="o2o-0", completion_ids=[], mc_return=v) for v in (0.2, 0.25, 0.3, math.nan)]
+    expert = replace(t, mc_return=0.0)
+    kept = train_o2o.trained([*own, *said, expert], config(start, "x"))
+    assert [id(t) for t in kept] == [id(t) for t in (*own, said[2], expert)], (
+        "above 0.25, the mean of its own"
+    )
+    assert train_o2o.trained(said[2:3], config(start, "x")) == said[2:3], "nothing of its own: 0 is usual"
 
 
 def test_what_cannot_be_frozen_is_refused(start):
