@@ -79,9 +79,7 @@ class Config:
     max_steps: int = 50  # environment steps per episode
     ends: Ends = "claim"  # what ends a subtask in play
     max_actions: int = 0  # cap on the actions of one subtask; 0 is the world's own
-    explore: float = (
-        0.0  # probability, falling to 0, that the planner says or begins another of the expert's plans
-    )
+    explore: float = 0.0  # probability, falling to 0, that the planner says or begins a plan of the expert's
     give_up: int = 0  # times the same subtask is given before an episode of training is cut off; 0: never
     eval_every: int = 2000  # environment steps between evaluations
     slots: int = 32  # episodes played at once
@@ -128,14 +126,14 @@ def decisions_of(episodes: list[Episode], meta: dict, config: Config) -> list[Tr
 def trained(decisions: list[Transition], config: Config) -> list[Transition]:
     """The decisions that are trained on: the planner's alone where the rest is frozen.
 
-    Of what exploration put into the planner's mouth (no policy sampled it) only what returned more than its
-    own plans do on average: AWR imitates all that it is shown, and would learn to explore.
+    What exploration put into the planner's mouth (no policy sampled it) is left out where it returned less
+    than the planner's own plans do on average: AWR imitates all that it is shown, and would learn to explore.
     """
     kept = [t for t in decisions if config.frozen != "adapter" or t.level == "planner"]
     own = [t.mc_return for t in kept if t.level == "planner" and t.completion_ids]
     usual = fmean([found for found in own if math.isfinite(found)] or [0.0])
     forced = [t.level == "planner" and t.source != "expert" and not t.completion_ids for t in kept]
-    return [t for t, is_forced in zip(kept, forced, strict=True) if not is_forced or t.mc_return > usual]
+    return [t for t, is_forced in zip(kept, forced, strict=True) if not (is_forced and t.mc_return < usual)]
 
 
 @torch.no_grad()

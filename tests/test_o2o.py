@@ -164,7 +164,7 @@ def test_exploring_and_giving_up_are_for_training_and_need_an_experts_plans(star
         train_o2o.main(config(start, "no-plans", explore=0.5, offline=(played,)))
 
 
-def test_what_exploration_said_is_trained_on_where_it_returned_more_than_usual(start):
+def test_what_exploration_said_is_left_out_where_it_returned_less_than_usual(start):
     gold = read_episodes(start / "gold.jsonl")
     (t, *_) = train_o2o.decisions_of(gold, {"history": "progress"}, config(start, "x"))
     assert t.level == "planner"
@@ -172,10 +172,8 @@ def test_what_exploration_said_is_trained_on_where_it_returned_more_than_usual(s
     said = [replace(t, source="o2o-0", completion_ids=[], mc_return=v) for v in (0.2, 0.25, 0.3, math.nan)]
     expert = replace(t, mc_return=0.0)
     kept = train_o2o.trained([*own, *said, expert], config(start, "x"))
-    assert [id(t) for t in kept] == [id(t) for t in (*own, said[2], expert)], (
-        "above 0.25, the mean of its own"
-    )
-    assert train_o2o.trained(said[2:3], config(start, "x")) == said[2:3], "nothing of its own: 0 is usual"
+    assert [id(t) for t in kept] == [id(t) for t in (*own, *said[1:], expert)], "the mean of its own is 0.25"
+    assert train_o2o.trained(said, config(start, "x")) == said, "nothing of its own: 0 is usual"
 
 
 def test_what_cannot_be_frozen_is_refused(start):
