@@ -6,9 +6,10 @@ continued by copying them from what was read (`base/pretrain.py`, `train_sft.py 
 
 import random
 import re
+from dataclasses import replace
 
 import prompts
-from data import Episode
+from data import Episode, Transition
 from scripted import visible_names
 
 NUMBERED = r"([a-z]+) (\d+)"  # ALFWorld's names
@@ -53,3 +54,36 @@ def rename(text: str, new: dict[str, str]) -> str:
         return text
     pattern = "|".join(re.escape(name) for name in sorted(new, key=len, reverse=True))
     return re.sub(rf"\b({pattern})\b(?: [A-Z]\b)?", lambda match: new[match[1]], text)
+
+
+def renamed(t: Transition, names: list[str], words: list[str], rng: random.Random) -> Transition:
+    """The decision under other names of things. What its prompt does not name keeps its name.
+
+    As it is where the answer has an old name in short ("buzzer" for an electric buzzer, now a "lamp").
+    """
+    new = new_names([name for name in names if re.search(rf"\b{re.escape(name)}\b", t.prompt)], words, rng)
+    prompt, completion = rename(t.prompt, new), rename(t.completion, new)
+    before, after, said = (set(re.findall("[a-z]+", text)) for text in (t.prompt, prompt, completion))
+    if said & before - after:
+        return t
+    follows = t.follows and replace(t.follows, completion=rename(t.follows.completion, new))
+    then = {"next_prompt": rename(t.next_prompt, new), "follows": follows}
+    return replace(t, prompt=prompt, completion=completion, **then)
+
+
+class OtherNames:
+    """Shows decisions under other names, each with `probability`; what a policy sampled stays as it is."""
+
+    def __init__(self, episodes: list[Episode], tokenizer, probability: float):
+        self.probability = probability
+        self.names = {e.id: visible(e) for e in episodes} if probability else {}
+        self.words = vocabulary(tokenizer)
+
+    def __call__(self, decisions: list[Transition], seed: str) -> list[Transition]:
+        rng = random.Random(seed)
+        return [
+            renamed(t, self.names[t.episode_id], self.words, rng)
+            if not t.completion_ids and t.episode_id in self.names and rng.random() < self.probability
+            else t
+            for t in decisions
+        ]

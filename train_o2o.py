@@ -46,6 +46,7 @@ from model import (
     trainable_state,
 )
 from readings import RLConfig
+from renaming import OtherNames
 from run import Run, fail, pick_device, provenance
 from scores import macro_mean
 
@@ -59,6 +60,7 @@ class Config:
     panel: str = "demo"  # played from its train split
     dev: str = "dev"  # split on which it is evaluated, greedily; "" never
     dev_limit: int = 5  # of it the first so many of each task
+    rename: float = 0.0  # probability that an offline decision of the expert's is shown under other names
     limit: int = 0  # of train the first so many of each task; 0 is all
     # adapter: roles get adapters of their own and only the planner's is trained (a true freeze); replay: one
     # adapter, whose lower levels go on imitating the expert (the paper's appendix); nothing: all is trained
@@ -155,6 +157,7 @@ def main(config: Config) -> None:
     policy, tokenizer, meta = load_policy(config.init, device, True)
     refuse_format(config.init, meta, "roles")
     offline = [e for path in config.offline for e in read_episodes(path)]
+    other_names = OtherNames([e for e in offline if e.source == "expert"], tokenizer, config.rename)
     decisions = decisions_of(offline, meta, config)
     experts = [t for t in decisions if t.source == "expert" and t.level == "executor"]
     plans = [t.completion.strip() for t in decisions if t.source == "expert" and t.level == "planner"]
@@ -236,9 +239,8 @@ def main(config: Config) -> None:
                 sampler = Mixture(pools, shares, episode_seed(config.seed, round_))
                 learner.actor_optimizer.param_groups[0]["lr"] = rl.actor_lr * (1 - before / config.env_steps)
                 for _ in range(round(config.updates * len(fresh))):
-                    parts = micro_batches(
-                        sampler.batch(config.batch_size), tokenizer, config.tokens_per_forward
-                    )
+                    items = other_names(sampler.batch(config.batch_size), f"{config.seed}/{updates}")
+                    parts = micro_batches(items, tokenizer, config.tokens_per_forward)
                     metrics = learner.update([collate(part, tokenizer).to(device) for part in parts])
                     updates += 1
                     run.log(updates, metrics)

@@ -26,6 +26,7 @@ from hierarchy import MAX_NEW_TOKENS, episode_seed
 from learner import Learner
 from model import hidden_states, lm_of, load_policy, refuse_format, save_policy, trainable_state
 from readings import PRESETS, RLConfig
+from renaming import OtherNames
 from run import Run, fail, gather, own_share, pick_device
 
 
@@ -38,6 +39,7 @@ class Config:
     preset: Literal["none", *PRESETS] = "none"  # readings that go together: a paper as printed, or its code
     rl: RLConfig = field(default_factory=RLConfig)  # the gradient step
     credit: Credit = field(default_factory=Credit)  # rewards of executor and progress
+    rename: float = 0.0  # probability that an expert's decision is shown under other names (train_sft.py)
     expert_share: float = 1.0  # expert : rollout ratio, first number (papers: 1)
     rollout_share: float = 2.0  # expert : rollout ratio, second number (papers: 2)
     steps: int = 120  # gradient steps
@@ -100,6 +102,7 @@ def main(config: Config) -> None:
     device = pick_device(config.device)
     policy, tokenizer, meta = load_policy(config.init, device, True, config.gradient_checkpointing)
     refuse_format(config.init, meta, "roles")
+    other_names = OtherNames(read_episodes(config.expert), tokenizer, config.rename)
     pools = {name: load_decisions(getattr(config, name), meta, config) for name in ("expert", "rollouts")}
     shares = {"expert": config.expert_share, "rollouts": config.rollout_share}
     sampler = Mixture(pools, {name: share for name, share in shares.items() if share > 0}, config.seed)
@@ -132,8 +135,7 @@ def main(config: Config) -> None:
     began, step = time.time(), start
     try:
         for step in bar:
-            items = sampler.batch(config.batch_size)
-            answers = None
+            items, answers = other_names(sampler.batch(config.batch_size), f"{config.seed}/{step}"), None
             if config.rl.samples_answers:
                 answers = sample_answers(policy, tokenizer, items, episode_seed(config.seed, step))
             batches = [

@@ -5,12 +5,10 @@ L_SFT = -E_D[(1/n) sum_i log pi(w_i | s, w_<i)]  (GLIDER, arXiv:2505.19761, eq. 
     python train_sft.py --data out/demo/gold.jsonl --out out/demo/sft
 """
 
-import random
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +33,7 @@ from model import (
 from plan_execute import TurnBatch, by_length, expert_turns
 from plan_execute import collate as collate_turns
 from prompts import split_obs
-from renaming import new_names, rename, visible, vocabulary
+from renaming import OtherNames
 from run import Run, fail, own_share, pick_device, sum_gradients, sum_over_processes
 
 
@@ -106,17 +104,6 @@ def by_level_and_task(decisions: list[Transition], shares: tuple[float, float, f
     }
 
 
-def renamed(t: Transition, names: list[str], words: list[str], rng: random.Random) -> Transition:
-    """The decision under other names of things. What its prompt does not name keeps its name.
-
-    As it is where the answer has an old name in short ("buzzer" for an electric buzzer, now a "lamp").
-    """
-    new = new_names([name for name in names if re.search(rf"\b{re.escape(name)}\b", t.prompt)], words, rng)
-    prompt, completion = rename(t.prompt, new), rename(t.completion, new)
-    before, after, said = (set(re.findall("[a-z]+", text)) for text in (t.prompt, prompt, completion))
-    return t if said & before - after else replace(t, prompt=prompt, completion=completion)
-
-
 def sft_loss(policy, batch, count: int, precision: str) -> torch.Tensor:
     """Sum over decisions of the mean token loss / the global count. Padding and prompts carry no loss."""
     hidden = hidden_states(policy, batch.input_ids, batch.level, precision)  # (B, T, D)
@@ -170,8 +157,7 @@ def main(config: Config) -> None:
         sampler = Mixture(*by_level_and_task(decisions, config.shares), config.seed)
         episodes += practised
 
-    names = {e.id: visible(e) for e in episodes} if config.rename else {}
-    words = vocabulary(tokenizer) if config.rename else []
+    other_names = OtherNames(episodes, tokenizer, config.rename)
 
     def losses(items: list) -> Iterator[torch.Tensor]:
         """The parts of the loss of a batch, one forward each."""
@@ -215,12 +201,9 @@ def main(config: Config) -> None:
             rate = min(1.0, (step + 1) / 20) * (1 - 0.9 * step / steps)  # short warm-up, linear decay
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * rate
-            items, loss, rng = sampler.batch(config.batch_size), 0.0, random.Random(f"{config.seed}/{step}")
+            items, loss = sampler.batch(config.batch_size), 0.0
             if config.rename:
-                items = [
-                    renamed(t, names[t.episode_id], words, rng) if rng.random() < config.rename else t
-                    for t in items
-                ]
+                items = other_names(items, f"{config.seed}/{step}")
             for partial in losses(items):
                 partial.backward()
                 loss += partial.item()

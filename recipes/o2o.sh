@@ -33,14 +33,15 @@ start() { # folder, flags of SFT: to the checkpoint that goes online
     --epochs "${epochs[$type]}" $threads ${2:-$practice} $(resume "$out/$1/sft")
   $python collect.py --source policy $env --panel "$type-family" --limit 15 --checkpoint "$out/$1/sft" --out "$out/$1/rollouts.jsonl" $threads
   $python train_orl.py --init "$out/$1/sft" --expert "$out/gold.jsonl" \
-    --rollouts "$out/$1/rollouts.jsonl" --out "$out/$1/orl" --steps 150 --warmup-steps 80 $critic --rl.temperature 0.2 $threads $(resume "$out/$1/orl")
+    --rollouts "$out/$1/rollouts.jsonl" --out "$out/$1/orl" --steps 150 --warmup-steps 80 --rename "${rename[$type]:-0}" \
+    $critic --rl.temperature 0.2 $threads $(resume "$out/$1/orl")
 }
 online() { # folder to start from, name, seed, flags of train_o2o.py, of SFT
   local kept=results/online/$type/$2/seed$3
   [ ! -f "$kept/evals.json" ] || return 0
   start "$1" "$5"
   [ -f "$out/$2/seed$3/policy.json" ] || $python train_o2o.py --init "$out/$1/orl" --offline "$out/gold.jsonl" "$out/$1/rollouts.jsonl" \
-    --out "$out/$2/seed$3" $env --panel "$type" --dev-limit 25 --eval-every 2500 --seed "$3" $update $online $threads $4 $(resume "$out/$2/seed$3")
+    --out "$out/$2/seed$3" $env --panel "$type" --dev-limit 25 --eval-every 2500 --seed "$3" --rename "${rename[$type]:-0}" $update $online $threads $4 $(resume "$out/$2/seed$3")
   mkdir -p "$kept" && cp "$out/$2/seed$3/evals.json" "$kept/"
 }
 oracle() { # the checkpoint that goes online, with an expert in place of one level: which level is the bottleneck?

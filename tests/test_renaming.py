@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+import renaming
 import train_sft
 from data import Episode, Transition, Turn
 from renaming import new_names, rename, visible
@@ -43,7 +44,7 @@ def test_a_decision_keeps_its_sense_and_what_its_prompt_does_not_name_keeps_its_
     )  # fmt: skip
     seen = set()
     for seed in range(20):
-        other = train_sft.renamed(decision, ["red wire", "battery"], ["mug", "pen"], random.Random(seed))
+        other = renaming.renamed(decision, ["red wire", "battery"], ["mug", "pen"], random.Random(seed))
         name = other.completion.removeprefix(" pick up ").removesuffix("; True")
         assert other.prompt == f"Subtask: get the {name}\nObservation: a {name}"
         assert replace(other, prompt=decision.prompt, completion=decision.completion) == decision
@@ -51,9 +52,38 @@ def test_a_decision_keeps_its_sense_and_what_its_prompt_does_not_name_keeps_its_
     assert "red wire" in seen and len(seen) > 5
     decision = replace(decision, completion=" pick up battery; True")
     assert all(
-        train_sft.renamed(decision, ["battery"], ["mug", "pen"], random.Random(seed)) == decision
+        renaming.renamed(decision, ["battery"], ["mug", "pen"], random.Random(seed)) == decision
         for seed in range(9)
     )
+
+
+def test_other_names_are_the_same_in_what_follows_and_leave_alone_what_a_policy_said():
+    decision = Transition(
+        "planner", "Task: find the red wire", " get the red wire", [], [], 0.0, 1, False, False,
+        "you have the red wire", "planner", "expert", "expert/boil/1", 0,
+    )  # fmt: skip
+    decision.follows = replace(decision, prompt="you have the red wire", completion=" focus on the red wire")
+
+    class Tokenizer:
+        __len__ = lambda self: 3  # noqa: E731
+        convert_ids_to_tokens = lambda self, ids: ["Ġmug", "Ġpen", "ug"]  # noqa: E731
+
+    other_names = renaming.OtherNames([], Tokenizer(), 1.0)
+    other_names.names = {decision.episode_id: ["red wire"]}
+    sampled = replace(decision, completion_ids=[1, 2])
+    stranger = replace(decision, episode_id="expert/boil/2")
+    seen = set()
+    for seed in range(20):
+        found, *same = other_names([decision, sampled, stranger], f"0/{seed}")
+        assert all(a is b for a, b in zip(same, (sampled, stranger), strict=True))
+        name = found.completion.removeprefix(" get the ")
+        assert found.prompt == f"Task: find the {name}" and found.next_prompt == f"you have the {name}"
+        assert found.follows.completion == f" focus on the {name}"
+        seen.add(name)
+    assert "red wire" in seen and len(seen) > 5
+    assert other_names([decision], "0/1") == other_names([decision], "0/1")
+    other_names.probability = 0.0
+    assert other_names([decision], "0/1") == [decision]
 
 
 def test_a_name_said_in_short_is_not_hidden_from_the_prompt():
@@ -63,7 +93,7 @@ def test_a_name_said_in_short_is_not_hidden_from_the_prompt():
     )  # fmt: skip
     for seed in range(9):
         assert (
-            train_sft.renamed(decision, ["electric buzzer"], ["mug", "pen"], random.Random(seed)) == decision
+            renaming.renamed(decision, ["electric buzzer"], ["mug", "pen"], random.Random(seed)) == decision
         )
 
 
