@@ -80,6 +80,7 @@ class OtherNames:
         self.words = vocabulary(tokenizer)
 
     def __call__(self, decisions: list[Transition], seed: str) -> list[Transition]:
+        """The decisions, some of them under other names; `seed` alone draws which and what."""
         rng = random.Random(seed)
         return [
             renamed(t, self.names[t.episode_id], self.words, rng)

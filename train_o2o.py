@@ -60,13 +60,13 @@ class Config:
     panel: str = "demo"  # played from its train split
     dev: str = "dev"  # split on which it is evaluated, greedily; "" never
     dev_limit: int = 5  # of it the first so many of each task
-    rename: float = 0.0  # probability that an offline decision of the expert's is shown under other names
     limit: int = 0  # of train the first so many of each task; 0 is all
     # adapter: roles get adapters of their own and only the planner's is trained (a true freeze); replay: one
     # adapter, whose lower levels go on imitating the expert (the paper's appendix); nothing: all is trained
     frozen: Literal["adapter", "replay", "nothing"] = "adapter"
     rl: RLConfig = field(default_factory=RLConfig)  # the gradient step
     credit: Credit = field(default_factory=Credit)  # rewards of executor and progress
+    rename: float = 0.0  # probability that an offline decision of the expert's is shown under other names
     env_steps: int = 10_000  # environment steps to play in all
     episodes: int = 16  # played per round
     buffer: int = 64  # last online episodes that are trained on (GLIDER's code: 32)
@@ -126,16 +126,18 @@ def decisions_of(episodes: list[Episode], meta: dict, config: Config) -> list[Tr
 
 
 def trained(decisions: list[Transition], config: Config) -> list[Transition]:
-    """The decisions that are trained on: the planner's alone where the rest is frozen.
+    """The decisions that are trained on: the planner's alone where the rest is frozen."""
+    return [t for t in decisions if config.frozen != "adapter" or t.level == "planner"]
 
-    What exploration put into the planner's mouth (no policy sampled it) is left out where it returned less
-    than the planner's own plans do on average: AWR imitates all that it is shown, and would learn to explore.
+
+def without_poor_tries(online: list[Transition]) -> list[Transition]:
+    """Online decisions without what exploration said and returned less than the planner's own on average.
+
+    AWR imitates all that it is shown, and would learn to explore. What no policy sampled has no ids.
     """
-    kept = [t for t in decisions if config.frozen != "adapter" or t.level == "planner"]
-    own = [t.mc_return for t in kept if t.level == "planner" and t.completion_ids]
+    own = [t.mc_return for t in online if t.level == "planner" and t.completion_ids]
     usual = fmean([found for found in own if math.isfinite(found)] or [0.0])
-    forced = [t.level == "planner" and t.source != "expert" and not t.completion_ids for t in kept]
-    return [t for t, is_forced in zip(kept, forced, strict=True) if not (is_forced and t.mc_return < usual)]
+    return [t for t in online if t.level != "planner" or t.completion_ids or not t.mc_return < usual]
 
 
 @torch.no_grad()
@@ -231,9 +233,10 @@ def main(config: Config) -> None:
                 write_episodes(played_file, fresh, append=True)
                 played, before, round_ = played + fresh, steps, round_ + 1
                 steps += sum(len(e.turns) for e in fresh)
+                recent = decisions_of(played[-config.buffer :], meta, config)
                 pools = {
                     "offline": trained(decisions, config),
-                    "online": trained(decisions_of(played[-config.buffer :], meta, config), config),
+                    "online": trained(without_poor_tries(recent), config),
                 }
                 shares = {"offline": config.offline_share, "online": config.online_share}
                 sampler = Mixture(pools, shares, episode_seed(config.seed, round_))

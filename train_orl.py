@@ -20,7 +20,7 @@ from acting import Policy, Request
 from annotate import flat
 from batches import Mixture, collate, micro_batches
 from critic import Critics, save_critics
-from data import Credit, Transition, read_episodes, set_returns, transitions
+from data import Credit, Episode, Transition, read_episodes, set_returns, transitions
 from diagnostics import Watch
 from hierarchy import MAX_NEW_TOKENS, episode_seed
 from learner import Learner
@@ -68,10 +68,10 @@ def with_preset(config: Config) -> Config:
     return replace(config, **groups)
 
 
-def load_decisions(path: Path, meta: dict, config: Config) -> list[Transition]:
-    """The decisions of a file of episodes, with rewards as config.credit says and Monte-Carlo returns."""
+def decisions_of(episodes: list[Episode], meta: dict, config: Config) -> list[Transition]:
+    """All decisions, with rewards as config.credit says and Monte-Carlo returns."""
     is_flat, decisions = meta.get("flat", False), []
-    for episode in read_episodes(path):
+    for episode in episodes:
         episode = flat(episode) if is_flat else episode
         decisions += transitions(episode, meta["history"], config.credit, is_flat)
     set_returns(decisions, config.rl.gamma, config.rl.discount)
@@ -102,8 +102,9 @@ def main(config: Config) -> None:
     device = pick_device(config.device)
     policy, tokenizer, meta = load_policy(config.init, device, True, config.gradient_checkpointing)
     refuse_format(config.init, meta, "roles")
-    other_names = OtherNames(read_episodes(config.expert), tokenizer, config.rename)
-    pools = {name: load_decisions(getattr(config, name), meta, config) for name in ("expert", "rollouts")}
+    episodes = {name: read_episodes(getattr(config, name)) for name in ("expert", "rollouts")}
+    other_names = OtherNames(episodes["expert"], tokenizer, config.rename)
+    pools = {name: decisions_of(found, meta, config) for name, found in episodes.items()}
     shares = {"expert": config.expert_share, "rollouts": config.rollout_share}
     sampler = Mixture(pools, {name: share for name, share in shares.items() if share > 0}, config.seed)
     run = Run(

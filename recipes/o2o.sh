@@ -10,7 +10,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 type=$1 seeds=${2:-"0 1 2"} arms=${3:-"glider awac ac"} online=${4:---env-steps 10000}
 out=out/o2o/$type base=base/held_out python=.venv/bin/python threads="--threads ${THREADS:-2}" env=""
-declare -A epochs=([find-animal]=1.5 [boil]=3 [test-conductivity]=8 [heat]=5) rename=([test-conductivity]=1)
+declare -A epochs=([find-animal]=1.5 [boil]=3 [test-conductivity]=8 [heat]=5)
+declare -A rename=([test-conductivity]=1)  # its family tests "unknown substance" alone: other names always, in RL too
 practice="--practice out/o2o/practice.jsonl $out/stumbles.jsonl"
 [ "$type" != heat ] || { base=base env="--env alfworld --workers 0" practice=""; }
 resume() { if [ -f "$1/config.json" ]; then echo --resume; fi; }

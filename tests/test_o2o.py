@@ -170,10 +170,11 @@ def test_what_exploration_said_is_left_out_where_it_returned_less_than_usual(sta
     assert t.level == "planner"
     own = [replace(t, source="o2o-0", completion_ids=[1], mc_return=value) for value in (0.0, 0.5, math.nan)]
     said = [replace(t, source="o2o-0", completion_ids=[], mc_return=v) for v in (0.2, 0.25, 0.3, math.nan)]
-    expert = replace(t, mc_return=0.0)
-    kept = train_o2o.trained([*own, *said, expert], config(start, "x"))
-    assert [id(t) for t in kept] == [id(t) for t in (*own, *said[1:], expert)], "the mean of its own is 0.25"
-    assert train_o2o.trained(said, config(start, "x")) == said, "nothing of its own: 0 is usual"
+    kept = train_o2o.without_poor_tries([*own, *said])
+    assert [id(t) for t in kept] == [id(t) for t in (*own, *said[1:])], "the mean of its own is 0.25"
+    assert train_o2o.without_poor_tries(said) == said, "nothing of its own: 0 is usual"
+    below = [replace(t, level="executor") for t in said]
+    assert train_o2o.without_poor_tries([*own, *below]) == [*own, *below], "exploration is the planner's"
 
 
 def test_what_cannot_be_frozen_is_refused(start):
