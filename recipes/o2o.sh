@@ -12,13 +12,14 @@ type=$1 seeds=${2:-"0 1 2"} arms=${3:-"glider awac ac"} online=${4:---env-steps 
 out=out/o2o/$type base=base/held_out python=.venv/bin/python threads="--threads ${THREADS:-2}" env=""
 declare -A epochs=([find-animal]=1.5 [boil]=3 [test-conductivity]=8 [heat]=5)
 declare -A rename=([test-conductivity]=1)  # its family tests "unknown substance" alone: other names always, in RL too
+declare -A give_up=([boil]=12)  # its expert measures the temperature ten times
 practice="--practice out/o2o/practice.jsonl $out/stumbles.jsonl"
 [ "$type" != heat ] || { base=base env="--env alfworld --workers 0" practice=""; }
 resume() { if [ -f "$1/config.json" ]; then echo --resume; fi; }
 # Why these flags: docs/log.md.
 critic="--credit.limit end --rl.expectile 0.5 --rl.gamma 0.95 --rl.critic-lr 1e-3"
 update="$critic --rl.temperature 0.05 --rl.actor-lr 5e-4 --batch-size 16 --updates 4 --online-share 2"
-planner="--temperature 0.5 --planning-ratio 1.4 --explore 0.2 --give-up 6"
+planner="--temperature 0.5 --planning-ratio 1.4 --explore 0.2 --give-up ${give_up[$type]:-6}"
 
 [ "$base" = base ] || [ -f "$base/pretrain.json" ] || {  # shipped; remove the folder to make it again
   $python collect.py --source explore --panel without --max-steps 40 --out out/o2o/explore.jsonl
