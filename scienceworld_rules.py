@@ -150,7 +150,7 @@ KINDS = [
     (rf"{_SELF}(?:open (?!door).+\n|deactivate .+\n)*pick up {X}\n(?:0\n)?", "get the {x}",
         "You move the {x} to the inventory", "inventory {x}"),
     (rf"{_OPEN}focus on {X}\n(?:0\n)?", "focus on the {x}", r"You focus on the {x}\.", ""),
-    (r"(?:connect (?!.+ REFUSED).+\n){1,2}", "connect {links}",
+    (r"connect (?!.+ REFUSED)(?P<link>.+)\n", "connect {link}",
         r"(?:^|\)){a} on {x} is now connected to {b} on {y}\.?$", ""),
     (rf"{_SELF}{_OPEN}(?:examine .+\n)?mix {X}(?: containing .+)?\n", "mix the contents of the {x}",
         " mix to produce ", ""),
@@ -188,8 +188,8 @@ def _completed(goal: dict[str, str], said: str, shown: str, obs: str) -> bool:
     answer = re.search(said, feedback)
     if not answer or goal.get("room", here) != here:
         return False
-    if "links" in goal:  # the last one is made
-        return goal["links"].split(", ")[-1] == _link(*answer.groups())
+    if "link" in goal:
+        return goal["link"] == _link(*answer.groups())
     goal = goal | {"here": here}
     if any(part and not {*words(part)} <= {*words(goal[k])} for k, part in answer.groupdict().items()):
         return False
@@ -247,8 +247,8 @@ def _names(match: re.Match, feedbacks: list[str], i: int, obs: str) -> dict[str,
         fill |= {} if "inclined" in found[2] else {"y": found[2]}
     elif found := re.search(r"You pour the contents of the ([\w -]+) into the ([\w -]+)", said):
         fill |= {"y": found[2]} | ({} if "containing" in groups.get("x", "") else {"x": found[1]})
-    links = re.findall(r"([\w ]+) on ([\w -]+) is now connected to ([\w ]+) on ([\w -]+)", said)
-    fill["links"] = ", ".join(_link(*link) for link in links)
+    if found := re.search(r"([\w ]+) on ([\w -]+) is now connected to ([\w ]+) on ([\w -]+)", said):
+        fill["link"] = _link(*found.groups())
     fill["pots"] = _and(list(dict.fromkeys(re.findall(r"into the ([\w ]+)", said))))
     ticks = re.findall(r"reads (\d+) ticks", "\n".join(feedbacks[:i]))
     fill["carry"] = f", {ticks[-1]} ticks on the other" if ticks else ""

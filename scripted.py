@@ -148,8 +148,9 @@ def play_stumbling(
     """Gold paths with failed tries in them, so that it can be learned what to do after one (with segments).
 
     An expert does not fail, so who imitates it alone gives a refused subtask again and again. Noise in the
-    expert's actions shows how it recovers (DART, arXiv:1703.09327). A try that the world understood, or whose
-    subtask was complete, is no failure: it is taken out, and the path is played again.
+    expert's actions shows how it recovers (DART, arXiv:1703.09327). A try that the world understood (but
+    for "already connected"), or whose subtask was complete, is no failure: it is taken out, and the path is
+    played again.
     """
     plans = {
         (e.task, e.variation): with_tries(
@@ -169,7 +170,7 @@ def play_stumbling(
             failed = [
                 not is_try or end > len(after) or (
                     after[end - 1].startswith(prompts.NOT_UNDERSTOOD) and not judge(subtask, after[end - 1])
-                )
+                ) or "is already connected" in after[end - 1]
                 for (subtask, _, is_try), end in zip(plan, ends, strict=True)
             ]  # fmt: skip
             if not all(failed):

@@ -362,7 +362,7 @@ CASES = [  # subtask, an observation that completes it, near misses that do not
     ),
     ("fill the metal pot at the sink", obs("The sink appears broken, and can't be activated."), []),
     (
-        "connect black wire to cathode in red light bulb, blue wire to anode in red light bulb",
+        "connect blue wire to anode in red light bulb",
         obs("terminal 2 on blue wire is now connected to anode on red light bulb"),
         [
             obs("terminal 2 on black wire is now connected to cathode on red light bulb"),

@@ -251,10 +251,10 @@ def test_gold_goes_the_shortest_way_and_connects_one_device_after_another():
     assert ours.success and len(walks[0]) > len(walks[1])
     assert walks[1] == ["go to hallway", "go to kitchen", "go to hallway", "go to workshop"]
     names = [s.subtask for s in annotate.annotate(ours).segments]
-    form = r"connect (.+?)(?: (anode|terminal 1))? to (.+), (.+?)(?: cathode| terminal 2)? to (.+)"
-    first, second, last = (match.groups() for name in names if (match := re.fullmatch(form, name)))
-    assert first[:2] == ("battery", "anode") and last[:2] == ("paper clip", "terminal 1")
-    assert (first[2], first[4], second[3]) == (second[0], last[2], last[4]), "the wires join the devices"
+    links = [match.groups() for name in names if (match := re.fullmatch(r"connect (.+) to (.+)", name))]
+    (anode, first), (cathode, second), (wire, _), (last, _), near, far = links
+    assert (anode, cathode) == ("battery anode", "battery cathode") and wire == first
+    assert (near, far) == (("paper clip terminal 1", second), ("paper clip terminal 2", last)), "a loop"
 
 
 @pytest.mark.parametrize("room", ["kitchen", "cellar"])  # there already; where no door leads on
