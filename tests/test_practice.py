@@ -172,6 +172,18 @@ def test_a_stumbling_expert_fails_at_tries_alone_and_arrives():
     assert tries > 3
 
 
+def test_a_connection_that_is_made_again_is_a_stumble():
+    with EnvPool("scienceworld", 1, workers=1, max_steps=10**6) as pool:
+        gold = [
+            annotate.annotate(e)
+            for e in scripted.play_gold(pool, [("test-conductivity", 477)], "scienceworld")
+        ]
+        judge = annotate.rules("scienceworld").judge
+        (e,) = scripted.play_stumbling(pool, gold, "scienceworld", 0, judge, chance=0.6)
+    again = [s for s in e.segments if "is already connected" in e.obs_after(s.end - 1)]
+    assert again and not any(judge(s.subtask, e.obs_after(s.end - 1)) for s in again) and e.success
+
+
 def test_a_try_that_the_world_understands_is_taken_out_and_the_path_played_again():
     """A world in which the mug can be picked up from everywhere."""
 
