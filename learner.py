@@ -231,7 +231,8 @@ class Learner:
                 v_target = critics.target_q(*policy_action, level)
         if config.value_reads == "prompt":
             v_target = critics.target_q(state, level)
-        advantage = (q - v).detach()
+        earned = torch.where(batch.mc_return.isfinite(), batch.mc_return, q)
+        advantage = ((q if config.advantage == "q" else earned) - v).detach()
         return Decisions(
             level=level,
             v=v,

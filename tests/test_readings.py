@@ -48,6 +48,7 @@ READINGS = {
     "signed_advantage": {"actor": "signed_advantage"},
     "bc": {"actor": "bc"},
     "td3_bc": {"actor": "td3_bc"},
+    "return": {"advantage": "return"},
     "rl_levels": {"rl_levels": "planner"},
     "mean": {"token_norm": "mean"},
     "td3_bc, mean": {"actor": "td3_bc", "token_norm": "mean"},
@@ -101,11 +102,13 @@ def reference(learner, row):
         following = value(learner, target.v, next_level, row.next_prompt)
     elif not row.terminated and row.next_answer:
         following = value(learner, target.q, next_level, row.next_prompt + row.next_answer)
+    returned = c.advantage == "return" and math.isfinite(row.mc_return)
+    advantage = (row.mc_return if returned else q) - v
     mean = c.token_norm == "mean"  # of the data's answer; that of the policy's own is always the sum
     weight = {
-        "awr": min(math.exp((q - v) / c.temperature), c.max_weight),
+        "awr": min(math.exp(advantage / c.temperature), c.max_weight),
         "q_weighted": target_q,
-        "signed_advantage": q - v,
+        "signed_advantage": advantage,
     }.get(c.actor, 1.0)
     if c.rl_levels == "planner" and row.level != PLANNER:
         weight = float(row.expert)
@@ -115,7 +118,7 @@ def reference(learner, row):
         "q": q,
         "v_target": v_target,
         "td_target": row.reward + c.gamma ** (row.steps if c.discount == "smdp" else 1) * following,
-        "advantage": q - v,
+        "advantage": advantage,
         "weight": weight,
         "logp": answer_logp(learner, row.prompt, row.answer).item() / (len(row.answer) if mean else 1),
         "policy_q": 0.0,
@@ -219,6 +222,7 @@ KNOBS = {
     "features": ("frozen", BC, {"v", "q", "v_target", "td_target", "advantage", "v gradient", "q gradient"}),
     "polyak": (0.5, {}, {"target"}),
     "actor": ("bc", {}, {"weight", "policy gradient"}),
+    "advantage": ("return", {}, {"advantage", "weight", "policy gradient"}),
     "rl_levels": ("planner", {}, {"weight", "policy gradient"}),
     "temperature": (0.1, {}, {"weight", "policy gradient"}),
     "max_weight": (1.0, {}, {"weight", "policy gradient"}),
