@@ -33,7 +33,7 @@ class RLConfig:
     features: Features = "adapted"  # what heads read: the actor's forward, or the backbone without adapter
     polyak: float = 0.2  # share of the online heads that enters the target each step (GLIDER Table 5)
     actor: Actor = "awr"  # weight of a decision in L_pi: the table in actor_weight
-    advantage: Advantage = "q"  # what A compares with V: Q (eq. 7), or the return that followed (AWR), Q if cut
+    advantage: Advantage = "q"  # what A compares with V: Q (eq. 7), or the return (AWR), Q where that is cut
     rl_levels: Trained = "all"  # "planner": the other levels clone the experts, as in GLIDER's code
     temperature: float = 0.99  # eq. 7's lambda (GLIDER Table 5), divides A; inf is behaviour cloning
     max_weight: float = 20.0  # ceiling of one decision's weight (STEP-HRL's code; GLIDER names none)
