@@ -173,6 +173,7 @@ rows = st.builds(
     next_level=st.integers(0, 2),
     expert=st.booleans(),
     policy_answer=answers,
+    mc_return=st.sampled_from([-1.0, 0.25, math.nan]),
 )
 
 
