@@ -26,9 +26,16 @@ def visible(episode: Episode) -> list[str]:
 
 
 def vocabulary(tokenizer) -> list[str]:
-    """Words for new names: the pieces of the tokenizer that begin a word, in plain letters."""
+    """Words for new names, in plain letters: the tokenizer's, and three put together for each of its parts.
+
+    A policy that was shown whole words alone completes any other to one it knows: "plastic" to "produce".
+    """
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    return sorted({p[1:] for p in pieces if re.fullmatch("[Ġ▁][a-z]{3,}", p)})
+    starts = sorted({p[1:] for p in pieces if re.fullmatch("[Ġ▁][a-z]+", p)})
+    parts = sorted({p for p in pieces if re.fullmatch("[a-z]+", p)})
+    rng = random.Random(0)
+    made = [rng.choice(starts) + part + rng.choice(["", rng.choice(parts)]) for part in parts * 3]
+    return [word for word in starts if len(word) > 2] + made
 
 
 def new_names(names: list[str], words: list[str], rng: random.Random) -> dict[str, str]:

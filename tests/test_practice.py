@@ -226,7 +226,7 @@ def test_stumbles_are_collected_as_annotated_successes(tmp_path):
     assert all(t.progress for e in episodes for t in e.turns)
 
 
-def test_the_words_of_new_names_are_pieces_that_begin_a_word():
+def test_the_words_of_new_names_are_pieces_that_begin_a_word_and_words_put_together():
     class Pieces:
         def __len__(self):
             return 7
@@ -234,7 +234,10 @@ def test_the_words_of_new_names_are_pieces_that_begin_a_word():
         def convert_ids_to_tokens(self, ids):
             return [["Ġmug", "ing", "Ġa", "ĠMug", "▁lamp", "Ġ123", "<eos>"][i] for i in ids]
 
-    assert vocabulary(Pieces()) == ["lamp", "mug"]
+    words = vocabulary(Pieces())
+    assert words[:2] == ["lamp", "mug"] and len(words) == 2 + 3, "three with each part: ing"
+    assert {w.removesuffix("ing").removesuffix("ing") for w in words[2:]} <= {"mug", "lamp", "a"}
+    assert words == vocabulary(Pieces())
 
 
 def test_a_walk_is_its_last_step_and_other_doors_stay():
