@@ -84,7 +84,7 @@ class OtherNames:
     def __init__(self, episodes: list[Episode], tokenizer, probability: float):
         self.probability = probability
         self.names = {e.id: visible(e) for e in episodes} if probability else {}
-        self.words = vocabulary(tokenizer)
+        self.words = vocabulary(tokenizer) if probability else []
 
     def __call__(self, decisions: list[Transition], seed: str) -> list[Transition]:
         """The decisions, some of them under other names; `seed` alone draws which and what."""

@@ -82,8 +82,8 @@ def test_other_names_are_the_same_in_what_follows_and_leave_alone_what_a_policy_
         seen.add(name)
     assert "red wire" in seen and len(seen) > 5
     assert other_names([decision], "0/1") == other_names([decision], "0/1")
-    other_names.probability = 0.0
-    assert other_names([decision], "0/1") == [decision]
+    off = renaming.OtherNames([], None, 0.0)  # asks nothing of a tokenizer
+    assert off([decision], "0/1") == [decision]
 
 
 def test_a_name_said_in_short_is_not_hidden_from_the_prompt():
