@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 type=$1 seeds=${2:-"0 1 2"} arms=${3:-"glider awac ac"} online=${4:---env-steps 10000}
 out=out/o2o/$type base=base/held_out python=.venv/bin/python threads="--threads ${THREADS:-2}" env=""
-declare -A epochs=([find-animal]=1.5 [boil]=3 [test-conductivity]=8 [heat]=5)
+declare -A sft=([find-animal]="--epochs 1.5" [boil]="--epochs 3" [test-conductivity]="--epochs 12 --lr 2e-3" [heat]="--epochs 5")
 declare -A rename=([test-conductivity]=1)  # its family tests "unknown substance" alone: other names always, in RL too
 declare -A give_up=([boil]=12)  # its expert measures the temperature ten times
 practice="--practice out/o2o/practice.jsonl $out/stumbles.jsonl"
@@ -32,7 +32,7 @@ start() { # folder, flags of SFT: to the checkpoint that goes online
   $python collect.py --source gold $env --panel "$type-family" --out "$out/gold.jsonl"
   [ -z "$practice" ] || $python collect.py --source stumble --panel "$type-family" --gold "$out/gold.jsonl" --out "$out/stumbles.jsonl"
   [ -f "$out/$1/sft/policy.json" ] || $python train_sft.py --model $base --data "$out/gold.jsonl" --out "$out/$1/sft" --rename "${rename[$type]:-0.5}" \
-    --epochs "${epochs[$type]}" $threads ${2:-$practice} $(resume "$out/$1/sft")
+    ${sft[$type]} $threads ${2:-$practice} $(resume "$out/$1/sft")
   $python collect.py --source policy $env --panel "$type-family" --limit 15 --checkpoint "$out/$1/sft" --out "$out/$1/rollouts.jsonl" $threads
   $python train_orl.py --init "$out/$1/sft" --expert "$out/gold.jsonl" \
     --rollouts "$out/$1/rollouts.jsonl" --out "$out/$1/orl" --steps 150 --warmup-steps 80 --rename "${rename[$type]:-0}" \
