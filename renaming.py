@@ -20,9 +20,14 @@ def visible(episode: Episode) -> list[str]:
     parts = [prompts.split_obs(turn.obs) for turn in episode.turns]
     if any(room.startswith("room: ") for _, room, _ in parts):
         return sorted({kind for part in parts for text in part for kind, _ in re.findall(NUMBERED, text)})
-    rooms = {room.partition(":")[0] for _, room, _ in parts}
     names = {re.sub(" [A-Z]$", "", name) for _, room, _ in parts for name in visible_names(room)}
-    return sorted(names - rooms)
+    return sorted(names - set(rooms(episode)))
+
+
+def rooms(episode: Episode) -> list[str]:
+    """Names of the rooms that were entered; none in ALFWorld, whose games have one."""
+    parts = [prompts.split_obs(turn.obs)[1].partition(":")[0] for turn in episode.turns]
+    return sorted({room for room in parts if room} - {"room"})
 
 
 def vocabulary(tokenizer) -> list[str]:
@@ -79,19 +84,24 @@ def renamed(t: Transition, names: list[str], words: list[str], rng: random.Rando
 
 
 class OtherNames:
-    """Shows decisions under other names, each with `probability`; what a policy sampled stays as it is."""
+    """Shows decisions under other names, each with `probability`; what a policy sampled stays as it is.
+
+    For the planner rooms have other names too: where all of a family's things are in the workshop, it would
+    go there without reading the task. To the executor the map of the house is knowledge.
+    """
 
     def __init__(self, episodes: list[Episode], tokenizer, probability: float):
         self.probability = probability
-        self.names = {e.id: visible(e) for e in episodes} if probability else {}
+        self.names = {e.id: (visible(e), rooms(e)) for e in episodes} if probability else {}
         self.words = vocabulary(tokenizer) if probability else []
 
     def __call__(self, decisions: list[Transition], seed: str) -> list[Transition]:
         """The decisions, some of them under other names; `seed` alone draws which and what."""
         rng = random.Random(seed)
-        return [
-            renamed(t, self.names[t.episode_id], self.words, rng)
-            if not t.completion_ids and t.episode_id in self.names and rng.random() < self.probability
-            else t
-            for t in decisions
-        ]
+        shown = []
+        for t in decisions:
+            if not t.completion_ids and t.episode_id in self.names and rng.random() < self.probability:
+                things, places = self.names[t.episode_id]
+                t = renamed(t, things + (places if t.level == "planner" else []), self.words, rng)
+            shown.append(t)
+        return shown

@@ -51,7 +51,7 @@ class Config:
     epochs: float = 3.0  # decisions drawn, in units of the dataset; 0 saves the untrained adapter
     shares: tuple[float, float, float] = (2.0, 2.0, 1.0)  # of planner, executor and progress in what is drawn
     practice: tuple[Path, ...] = ()  # what collect.py --source stumble and practice made: learned from too
-    rename: float = 0.0  # probability that a decision is shown under other names of the things in its prompt
+    rename: float = 0.0  # probability that a decision is shown under other names of what its prompt names
     batch_size: int = 64  # decisions per step
     lr: float = 3e-3  # peak AdamW step size, decayed linearly to a tenth (papers: 1e-4 for 7-8B)
     tokens_per_forward: int = 4096  # padded tokens of a micro-batch

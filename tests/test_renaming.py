@@ -69,7 +69,7 @@ def test_other_names_are_the_same_in_what_follows_and_leave_alone_what_a_policy_
         convert_ids_to_tokens = lambda self, ids: ["Ġmug", "Ġpen", "ug"]  # noqa: E731
 
     other_names = renaming.OtherNames([], Tokenizer(), 1.0)
-    other_names.names = {decision.episode_id: ["red wire"]}
+    other_names.names = {decision.episode_id: (["red wire"], [])}
     sampled = replace(decision, completion_ids=[1, 2])
     stranger = replace(decision, episode_id="expert/boil/2")
     seen = set()
@@ -84,6 +84,28 @@ def test_other_names_are_the_same_in_what_follows_and_leave_alone_what_a_policy_
     assert other_names([decision], "0/1") == other_names([decision], "0/1")
     off = renaming.OtherNames([], None, 0.0)  # asks nothing of a tokenizer
     assert off([decision], "0/1") == [decision]
+
+
+def test_the_planner_reads_rooms_under_other_names_and_the_executor_keeps_its_map():
+    turns = [Turn(OBS, "look around", "", 0.0, False, False)]
+    episode = Episode("scienceworld", "boil", 1, "", turns, source="expert")
+    assert renaming.rooms(episode) == ["workshop"]
+    assert not renaming.rooms(replace(episode, turns=[replace(turns[0], obs="You see a mug 1.")]))
+
+    class Tokenizer:
+        __len__ = lambda self: 2  # noqa: E731
+        convert_ids_to_tokens = lambda self, ids: ["Ġmug", "ug"]  # noqa: E731
+
+    plan = Transition(
+        "planner", "Task: it is around the workshop", " go to the workshop", [], [], 0.0, 1, False, False,
+        "", "planner", "expert", episode.id, 0,
+    )  # fmt: skip
+    other_names = renaming.OtherNames([episode], Tokenizer(), 1.0)
+    shown = [other_names([plan, replace(plan, level="executor")], f"0/{seed}") for seed in range(9)]
+    assert all(executor.completion == plan.completion for _, executor in shown)
+    for planner, _ in shown:
+        assert planner.prompt.split()[-1] == planner.completion.split()[-1]
+    assert len({planner.completion for planner, _ in shown}) > 2
 
 
 def test_a_name_said_in_short_is_not_hidden_from_the_prompt():
