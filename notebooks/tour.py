@@ -54,7 +54,7 @@ def save(figure: Figure, name: str) -> None:
 
 # %% [markdown]
 # ## 1. One gold path
-# ScienceWorld's own expert plays one variation. The world answers in text; rewards sum to 1 in all.
+# ScienceWorld's own expert plays one variation. The world answers in text; the rewards of this path sum to 1.
 
 # %%
 panel = read_panel("scienceworld", "find-animal-family", "train", 1)[:1]
