@@ -12,8 +12,9 @@ from typing import Protocol
 
 import alfworld_rules
 import scienceworld_rules
-from data import Episode, Segment
+from data import Credit, Episode, Segment, Transition, set_returns, transitions
 from prompts import NO_PROGRESS, compact, split_obs
+from readings import RLConfig
 
 Group = tuple[str, int, int]  # subtask, start, end: actions[start:end]
 
@@ -71,6 +72,15 @@ def flat(episode: Episode) -> Episode:
     task, subtasks = compact(episode.description), [s.subtask for s in episode.segments]
     whole = [(task, 0, len(episode.turns))]  # and no decisions: they were sampled for other prompts
     return episode if subtasks == [task] else fill_in(replace(episode, decisions=[]), whole)
+
+
+def decisions_of(episodes: list[Episode], meta: dict, credit: Credit, rl: RLConfig) -> list[Transition]:
+    """All decisions for the policy that `meta` (its policy.json) describes, with Monte-Carlo returns."""
+    is_flat, decisions = meta.get("flat", False), []
+    for episode in episodes:
+        decisions += transitions(flat(episode) if is_flat else episode, meta["history"], credit, is_flat)
+    set_returns(decisions, rl.gamma, rl.discount)
+    return decisions
 
 
 def annotate(episode: Episode, teacher: Teacher | None = None) -> Episode:

@@ -6,6 +6,7 @@ again. What this file does not do: build a prompt (progress.py) or compute a los
 
 import dataclasses
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import nan
 
@@ -27,7 +28,6 @@ class Batch:
     action_index: Tensor  # (B,) last token of the completion: Q reads here
     policy_index: Tensor  # (B,) last token of the policy's own answer; -1 where there is none
     next_ids: Tensor  # (B, T2)
-    next_mask: Tensor  # (B, T2) bool
     next_index: Tensor  # (B,) last token of the next prompt
     next_action_index: Tensor  # (B,) last token of the answer that follows it; -1 where there is none
     next_level: Tensor  # (B,) index into LEVELS: whose value follows
@@ -69,12 +69,10 @@ def encode(
     return prompt_ids, list(completion_ids)
 
 
-def _pad(rows: list[list[int]], fill: int) -> tuple[Tensor, Tensor]:
-    """Right-padded (B, T) ids and their mask; the mask comes from lengths, never from `ids == fill`."""
+def _pad(rows: list[list[int]], fill: int) -> Tensor:
+    """(B, T) ids, padded on the right."""
     width = max(len(row) for row in rows)
-    ids = torch.tensor([row + [fill] * (width - len(row)) for row in rows])
-    lengths = torch.tensor([len(row) for row in rows])
-    return ids, torch.arange(width) < lengths[:, None]
+    return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
 
 
 def collate(
@@ -83,7 +81,7 @@ def collate(
     next_answers: bool = False,
     policy_answers: dict[int, list[int]] | None = None,
 ) -> Batch:
-    """Decisions -> Batch. One token stands in for the next prompt of a terminated decision, and is masked.
+    """Decisions -> Batch. One token, never read, stands in for the next prompt of a terminated decision.
 
     next_answers: append to the next prompt the answer that followed in the data (for Q(s', a')).
     policy_answers: id(decision) -> ids that the policy sampled for its prompt (GLIDER eq. 5).
@@ -95,7 +93,7 @@ def collate(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     own = [policy_answers[id(t)] if policy_answers is not None else [] for t in items]
     packed = pack([p for p, _ in pairs], [[c, u] for (_, c), u in zip(pairs, own, strict=True)], pad)
-    next_ids, next_mask = _pad([n + a for n, a in zip(nexts, answers, strict=True)], pad)
+    next_ids = _pad([n + a for n, a in zip(nexts, answers, strict=True)], pad)
     return Batch(
         input_ids=packed.input_ids,
         segment=packed.segment,
@@ -105,7 +103,6 @@ def collate(
             [len(p) + len(c) + len(u) - 1 if u else -1 for (p, c), u in zip(pairs, own, strict=True)]
         ),
         next_ids=next_ids,
-        next_mask=next_mask,
         next_index=torch.tensor([len(n) - 1 for n in nexts]),
         next_action_index=torch.tensor(
             [len(n) + len(a) - 1 if a else -1 for n, a in zip(nexts, answers, strict=True)]
@@ -130,10 +127,14 @@ def micro_batches(
         + (len(policy_answers[id(t)]) if policy_answers else 0)
         for t in items
     }
-    groups, width = [[]], 0
-    for item in sorted(items, key=lambda t: lengths[id(t)]):
-        width = lengths[id(item)]
-        if groups[-1] and width * (len(groups[-1]) + 1) > max_tokens:
+    return by_length(items, lambda t: lengths[id(t)], max_tokens)
+
+
+def by_length(items: list, length: Callable, max_tokens: int) -> list[list]:
+    """Groups of like length(item), at most max_tokens padded tokens each."""
+    groups = [[]]
+    for item in sorted(items, key=length):
+        if groups[-1] and length(item) * (len(groups[-1]) + 1) > max_tokens:
             groups.append([])
         groups[-1].append(item)
     return groups

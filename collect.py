@@ -37,9 +37,7 @@ class Config:
     # practice: exploration, with the subtasks that it happened to complete
     source: Literal["gold", "recorded", "oracle", "stumble", "policy", "explore", "practice"] = "gold"
     env: EnvName = "scienceworld"  # which text world; alfworld is the fast engine
-    panel: str = (
-        "demo"  # episode list panels/<env>_<panel>_train.txt; data for training comes from train only
-    )
+    panel: str = "demo"  # panels/<env>_<panel>_train.txt: data for training comes from train only
     limit: int = 0  # at most this many episodes of a task type; 0 is all
     repeats: int = 1  # plays every episode this often, each time with another seed
     max_steps: int = 50  # environment steps per episode (gold paths are replayed whole)
@@ -55,9 +53,7 @@ class Config:
     seed: int = 0  # of sampling and exploration
     threads: int = 0  # CPU threads of the policy; 0 leaves it to torch: all cores
     device: str = "auto"
-    teacher_url: str = (
-        ""  # OpenAI-compatible endpoint that annotates gold paths (and, with --judge chat, judges)
-    )
+    teacher_url: str = ""  # OpenAI-compatible endpoint: annotates gold paths; with --judge chat judges too
     teacher_model: str = "default"  # model name sent to that endpoint
 
 
@@ -126,6 +122,14 @@ def source_name(config: Config) -> str:
     return "expert" if config.source == "gold" else config.source
 
 
+def refuse_old_labels(kept: list[Episode], config: Config) -> None:
+    """Going on with a file that the rules would label otherwise today would mix two kinds of data."""
+    label = {"gold": annotate.annotate, "practice": annotate.practised}.get(config.source)
+    some = {e.task: e for e in kept}.values()  # one of each type
+    if label and not config.teacher_url and any(label(e).segments != e.segments for e in some):
+        raise ValueError(f"{config.out} was labelled by other rules: choose another --out, or delete it")
+
+
 def duplicates(episodes: list[Episode]) -> float:
     """Share of episodes whose (task, variation, actions) occurred before; cold sampling repeats itself."""
     keys = Counter((e.task, e.variation, tuple(t.action for t in e.turns)) for e in episodes)
@@ -148,6 +152,7 @@ def main(config: Config) -> None:
             f"{config.out} holds episodes of {sorted(strangers)}, not of {name}: another player, or one that "
             "plays by other flags; choose another --out, or delete it"
         )
+    refuse_old_labels(kept, config)
     done = Counter((e.task, e.variation) for e in kept)
     max_steps = 10**6 if config.source in EXPERTS else config.max_steps
     bar = tqdm(

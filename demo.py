@@ -7,12 +7,11 @@ In ScienceWorld SFT learns from stumbles too: gold paths with refused tries in t
 `make demo ENV=alfworld` does the same in ALFWorld, on generated games: they need no download, and their
 scores are not those of the official games.
 
-Every line that it runs is printed and can be typed by hand. An interrupted demo goes on where it stopped; a
-finished one starts anew.
+Every line that it runs is printed and can be typed by hand. An interrupted demo goes on where it stopped, of
+a finished one the report alone is made again. To start anew, remove its folder.
 """
 
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -92,13 +91,12 @@ def stages(c: Config) -> list[tuple[str, str]]:
 def main(config: Config) -> None:
     name = "demo" if config.env == "scienceworld" else f"demo-{config.env}"
     config = replace(config, out=config.out or Path("out") / name)
-    if (config.out / "report.html").exists():
-        shutil.rmtree(config.out)
     config.out.mkdir(parents=True, exist_ok=True)
     began = time.time()
-    for done, command in stages(config):
-        if Path(done).exists():
-            continue
+    left = [(done, command) for done, command in stages(config) if not Path(done).exists()]
+    if not left:
+        print(f"{config.out} holds a finished demo; to run it anew, remove that folder first")
+    for done, command in left:
         print(f"\n$ python {command}", flush=True)
         resume = ["--resume"] if "train_" in command and (Path(done).parent / "config.json").exists() else []
         subprocess.run([sys.executable, *shlex.split(command), *resume], cwd=ROOT, check=True)

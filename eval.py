@@ -48,9 +48,8 @@ class Config:
     name: str = ""  # of the row; by default that of the checkpoint's folder, or the agent's
     watch: bool = False  # play one episode of the panel in the terminal and write nothing; --seed picks it
     check: bool = False  # only say whether this machine has what is needed, and how to mend it
-    agent: Literal["policy", "zero-shot", "random", "gold", "oracle"] = (
-        "policy"  # zero-shot: the backbone without an adapter
-    )
+    # who plays; zero-shot: the backbone without an adapter
+    agent: Literal["policy", "zero-shot", "random", "gold", "oracle"] = "policy"
     checkpoint: Path | None = None  # policy folder, for --agent policy
     model: str = "base"  # backbone, for --agent zero-shot
     env: EnvName = "scienceworld"  # which text world; alfworld is the fast engine
@@ -61,9 +60,8 @@ class Config:
     ends: Ends = "claim"  # what ends a subtask; a flat policy has none
     max_actions: int = 0  # cap on the actions of one subtask (--ends cap: its length); 0 is the world's own
     temperature: float = 0.0  # 0 is greedy
-    guide: Literal["none", "planner", "executor"] = (
-        "none"  # an expert's gold path in place of this level: which one is the bottleneck?
-    )
+    # an expert's gold path in place of this level: which one is the bottleneck?
+    guide: Literal["none", "planner", "executor"] = "none"
     candidates: int = 1  # above 1: the greedy answer and others sampled compete, the highest Q(s,a) acts
     seed: int = 0  # of sampling and of the random agent
     slots: int = 40  # episodes played at once
@@ -163,7 +161,10 @@ def main(config: Config) -> dict:
     torch.set_num_threads(config.threads or torch.get_num_threads())
     if config.check:
         raise SystemExit(not check())
-    config = replace(config, name=config.name or (config.checkpoint or Path(config.agent)).name)
+    usual = (config.checkpoint or Path(config.agent)).name
+    usual += f"-guide-{config.guide}" if config.guide != "none" else ""
+    usual += f"-best-of-{config.candidates}" if config.candidates > 1 else ""
+    config = replace(config, name=config.name or usual)
     if config.agent == "policy" and config.checkpoint is None:
         raise ValueError("--agent policy needs --checkpoint FOLDER: train one with train_sft.py")
     if config.split in HELD_OUT and not config.reason:
@@ -196,6 +197,7 @@ def main(config: Config) -> dict:
         "benchmark": benchmark(config.env, panel), "panel": config.panel, "split": config.split,
         "agent": config.name, "stage": meta["stage"],
         "checkpoint": str(config.checkpoint or meta.get("base", "")),
+        "guide": config.guide, "candidates": config.candidates,
         "seeds": [config.seed], "limit": config.limit, "max_steps": config.max_steps,
         **scores.summary(
             [e.task for e in episodes], [e.score for e in episodes], [e.success for e in episodes]

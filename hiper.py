@@ -213,9 +213,8 @@ def improve(
     drawn = torch.randperm(len(turns), generator=rng)[: config.turns].split(config.batch_size)
 
     def logp(model: nn.Module, ids: Tensor, decided: Tensor) -> Tensor:
-        cool = 1 / config.temperature  # of logits; bias / T, since logits are hidden W + bias
-        hidden, shift = cool * hidden_fn(model, ids), bias if bias is None else cool * bias
-        return sequence_logprobs(hidden, weight, ids, decided, bias=shift)[0][decided]
+        hidden, t = hidden_fn(model, ids), config.temperature
+        return sequence_logprobs(hidden, weight, ids, decided, bias=bias, temperature=t)[0][decided]
 
     for rows in drawn:
         batch = [turns[i] for i in rows]

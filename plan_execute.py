@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import batches
 import prompts
 from acting import Policy, Request
 from data import Episode, Segment
@@ -157,12 +158,12 @@ class PlanExecute(Policy):
 class TurnPlayer(Player):
     """One running episode of a plan-execute agent, for hierarchy.rollout; keeps what was decided.
 
-    give_up: the episode is cut off after so many actions in a row that were not understood; 0: never.
+    max_misses: the episode is cut off after so many actions in a row that were not understood; 0: never.
     """
 
-    def __init__(self, episode: Episode, first: StepResult, seed: int, judge: Callable, give_up: int = 0):
+    def __init__(self, episode: Episode, first: StepResult, seed: int, judge: Callable, max_misses: int = 0):
         super().__init__(episode, first, "full", 0, seed, judge, "episode")  # ends with the world alone
-        self.subtask, self.closed, self.turns, self.give_up, self.misses = "", [], [], give_up, 0
+        self.subtask, self.closed, self.turns, self.max_misses, self.misses = "", [], [], max_misses, 0
 
     def request(self) -> TurnRequest:
         t = len(self.episode.turns)
@@ -189,7 +190,7 @@ class TurnPlayer(Player):
     def stepped(self, result: StepResult, counts: Counts) -> None:
         """As Player; cut off where it gives up."""
         self.misses = self.misses + 1 if result.obs.startswith(prompts.NOT_UNDERSTOOD) else 0
-        if 0 < self.give_up <= self.misses and not result.terminated:
+        if 0 < self.max_misses <= self.misses and not result.terminated:
             result = replace(result, truncated=True)
         super().stepped(result, counts)
 
@@ -232,9 +233,4 @@ def collate(turns: list[Decided], encode: Callable, advantage: Tensor | None = N
 def by_length(turns: list[Decided], encode: Callable, max_tokens: int) -> list[list[int]]:
     """Places of the turns in groups of like length, at most max_tokens padded tokens each."""
     lengths = [len(encode(turn.prompt)) + len(turn.ids) for turn in turns]
-    groups = [[]]
-    for place in sorted(range(len(turns)), key=lengths.__getitem__):
-        if groups[-1] and lengths[place] * (len(groups[-1]) + 1) > max_tokens:
-            groups.append([])
-        groups[-1].append(place)
-    return groups
+    return batches.by_length(range(len(turns)), lengths.__getitem__, max_tokens)

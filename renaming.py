@@ -24,6 +24,12 @@ def visible(episode: Episode) -> list[str]:
     return sorted(names - set(rooms(episode)))
 
 
+def things(episode: Episode) -> list[str]:
+    """Names that can be others: of what was seen, but no verb of a subtask ("water flower pot 3")."""
+    verbs = {s.subtask.split()[0] for s in episode.segments}
+    return [name for name in visible(episode) if name not in verbs]
+
+
 def rooms(episode: Episode) -> list[str]:
     """Names of the rooms that were entered; none in ALFWorld, whose games have one."""
     parts = [prompts.split_obs(turn.obs)[1].partition(":")[0] for turn in episode.turns]
@@ -92,7 +98,7 @@ class OtherNames:
 
     def __init__(self, episodes: list[Episode], tokenizer, probability: float):
         self.probability = probability
-        self.names = {e.id: (visible(e), rooms(e)) for e in episodes} if probability else {}
+        self.names = {e.id: (things(e), rooms(e)) for e in episodes} if probability else {}
         self.words = vocabulary(tokenizer) if probability else []
 
     def __call__(self, decisions: list[Transition], seed: str) -> list[Transition]:
@@ -101,7 +107,7 @@ class OtherNames:
         shown = []
         for t in decisions:
             if not t.completion_ids and t.episode_id in self.names and rng.random() < self.probability:
-                things, places = self.names[t.episode_id]
-                t = renamed(t, things + (places if t.level == "planner" else []), self.words, rng)
+                kinds, places = self.names[t.episode_id]
+                t = renamed(t, kinds + (places if t.level == "planner" else []), self.words, rng)
             shown.append(t)
         return shown

@@ -126,10 +126,14 @@ class Run:
             raise ValueError(
                 f"{self.folder} already holds a run: add --resume to go on with it, or choose another --out"
             )
+        self.provenance = provenance()
         if (self.folder / "config.json").exists():
-            self._same_config(json.loads((self.folder / "config.json").read_text()))
+            saved = json.loads((self.folder / "config.json").read_text())
+            self._same_config(saved)
+            first, again = saved["provenance"], {k: self.provenance[k] for k in ("command", "commit")}
+            self.provenance = first | {"resumed": [*first.get("resumed", []), again]}
         self.folder.mkdir(parents=True, exist_ok=True)
-        record = dataclasses.asdict(self.config) | {"provenance": provenance()}
+        record = dataclasses.asdict(self.config) | {"provenance": self.provenance}
         text = json.dumps(record, indent=2, default=str)
         (self.folder / "config.json").write_text(text + "\n")
         if not self.metrics.exists():

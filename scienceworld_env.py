@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from envs import OBS_SEPARATOR, StepResult
 
 JAVA_OPTIONS = ["-XX:+UnlockExperimentalVMOptions", "-XX:hashCode=2", "-XX:+UseSerialGC"]
-UNKNOWN_ACTION = "No known action matches that input."
 
 
 @dataclass

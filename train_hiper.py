@@ -28,7 +28,7 @@ from hierarchy import Counts, episode_seed, rollout
 from hiper import HiperConfig, advantages, behaviour, fit, improve, traces
 from model import hidden_states, lm_of, load_policy, refuse_format, save_policy, trainable_state
 from plan_execute import PlanExecute, TurnPlayer
-from run import Run, fail, pick_device, provenance
+from run import Run, fail, pick_device
 from scores import macro_mean
 
 
@@ -46,9 +46,7 @@ class Config:
     group: int = 8  # plays of the same game in an iteration (GRPO's group; the others play alike)
     warmup: int = 2  # first iterations that fit the values only (none without a critic)
     max_steps: int = 30  # environment steps per episode of training
-    give_up: int = (
-        4  # actions in a row not understood that end an episode of training as a limit does; 0: never
-    )
+    max_misses: int = 4  # actions in a row not understood that end a training episode as a limit; 0: never
     dev_steps: int = 50  # and of evaluation
     tokens_per_forward: int = 4096  # padded tokens of a micro-batch
     precision: Literal["bf16", "fp32"] = "bf16"  # of matrix products, in play too; weights stay fp32 on CPU
@@ -62,13 +60,13 @@ class Config:
 
 
 def play(
-    pool: EnvPool, panel: list, policy: PlanExecute, config: Config, seed: int, give_up: int = 0
+    pool: EnvPool, panel: list, policy: PlanExecute, config: Config, seed: int, max_misses: int = 0
 ) -> list[TurnPlayer]:
     """The players of all episodes of `panel`, which may repeat a game, in its order."""
     players, judge = {}, annotate.rules(config.env).judge
 
     def make(place: int, episode: Episode, first: StepResult, *_) -> TurnPlayer:
-        players[place] = TurnPlayer(episode, first, episode_seed(seed, place), judge, give_up)
+        players[place] = TurnPlayer(episode, first, episode_seed(seed, place), judge, max_misses)
         return players[place]
 
     for _ in rollout(pool, panel, policy, judge, env=config.env, source="hiper", counts=Counts(), make=make):
@@ -107,7 +105,7 @@ def main(config: Config) -> None:
             done = play(pool, dev, player, config, config.seed)
         scores = [max(0.0, p.now.score) for p in done]
         evals.append({"episodes": played, "panel": dev, "scores": scores})
-        (config.out / "evals.json").write_text(json.dumps({"evals": evals} | provenance()) + "\n")
+        (config.out / "evals.json").write_text(json.dumps({"evals": evals} | run.provenance) + "\n")
         success = 100 * sum(p.now.success for p in done) / len(done)
         score = macro_mean([p.episode.task for p in done], scores)
         return {"dev/score": score, "dev/success": success, "dev/episodes": played}
@@ -124,7 +122,7 @@ def main(config: Config) -> None:
                     policy.eval(), tokenizer, config.rl.temperature, precision=config.precision
                 )
                 repeated = [game for game in games for _ in range(config.group)]
-                players = play(pool, repeated, player, config, seed, config.give_up)
+                players = play(pool, repeated, player, config, seed, config.max_misses)
                 turns = [turn for p in players for turn in p.turns]
                 found = traces(players, player, values, config.rl)
                 advantage, targets = advantages(players, found, config.rl)

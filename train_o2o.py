@@ -28,7 +28,7 @@ import annotate
 from acting import Policy
 from batches import Mixture, collate, micro_batches
 from critic import load_critics, save_critics
-from data import Credit, Episode, Transition, read_episodes, set_returns, transitions, write_episodes
+from data import Credit, Episode, Transition, read_episodes, write_episodes
 from diagnostics import Watch
 from envs import EnvName, EnvPool, read_panel
 from hierarchy import Curious, Ends, episode_seed, rollout
@@ -47,7 +47,7 @@ from model import (
 )
 from readings import RLConfig
 from renaming import OtherNames
-from run import Run, fail, pick_device, provenance
+from run import Run, fail, pick_device
 from scores import macro_mean
 
 
@@ -115,16 +115,6 @@ def train_only(policy: nn.Module, role: str) -> None:
         parameter.requires_grad_(f".{role}." in name)
 
 
-def decisions_of(episodes: list[Episode], meta: dict, config: Config) -> list[Transition]:
-    """All decisions, with rewards as config.credit says and Monte-Carlo returns."""
-    found, is_flat = [], meta.get("flat", False)
-    for episode in episodes:
-        episode = annotate.flat(episode) if is_flat else episode
-        found += transitions(episode, meta["history"], config.credit, is_flat)
-    set_returns(found, config.rl.gamma, config.rl.discount)
-    return found
-
-
 def trained(decisions: list[Transition], config: Config) -> list[Transition]:
     """The decisions that are trained on: the planner's alone where the rest is frozen."""
     return [t for t in decisions if config.frozen != "adapter" or t.level == "planner"]
@@ -158,9 +148,9 @@ def main(config: Config) -> None:
     device = pick_device(config.device)
     policy, tokenizer, meta = load_policy(config.init, device, True)
     refuse_format(config.init, meta, "roles")
-    offline = [e for path in config.offline for e in read_episodes(path)]
+    rl, offline = config.rl, [e for path in config.offline for e in read_episodes(path)]
     other_names = OtherNames([e for e in offline if e.source == "expert"], tokenizer, config.rename)
-    decisions = decisions_of(offline, meta, config)
+    decisions = annotate.decisions_of(offline, meta, config.credit, rl)
     experts = [t for t in decisions if t.source == "expert" and t.level == "executor"]
     plans = [t.completion.strip() for t in decisions if t.source == "expert" and t.level == "planner"]
     if config.explore and not plans:
@@ -170,7 +160,6 @@ def main(config: Config) -> None:
     dev = read_panel(config.env, config.panel, config.dev, config.dev_limit) if config.dev else []
     critics = load_critics(config.init / "critic.safetensors", lm_of(policy).config.hidden_size).to(device)
     run = Run(config.out, config, config.resume)
-    rl = config.rl
     if config.frozen == "adapter":
         policy = split_adapter(policy)
         train_only(policy, "planner")
@@ -215,7 +204,7 @@ def main(config: Config) -> None:
                 metrics["dev/success"] = 100 * sum(e.success for e in done) / len(done)
                 row = {"env_steps": steps, "executor_logp": metrics.get("executor/logp_held")}
                 evals.append(row | {"panel": dev, "scores": [e.score for e in done]})
-                (config.out / "evals.json").write_text(json.dumps({"evals": evals} | provenance()) + "\n")
+                (config.out / "evals.json").write_text(json.dumps({"evals": evals} | run.provenance) + "\n")
             return metrics
 
         try:
@@ -233,7 +222,7 @@ def main(config: Config) -> None:
                 write_episodes(played_file, fresh, append=True)
                 played, before, round_ = played + fresh, steps, round_ + 1
                 steps += sum(len(e.turns) for e in fresh)
-                recent = decisions_of(played[-config.buffer :], meta, config)
+                recent = annotate.decisions_of(played[-config.buffer :], meta, config.credit, rl)
                 pools = {
                     "offline": trained(decisions, config),
                     "online": trained(without_poor_tries(recent), config),

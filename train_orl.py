@@ -17,10 +17,10 @@ import tyro
 from tqdm import tqdm
 
 from acting import Policy, Request
-from annotate import flat
+from annotate import decisions_of
 from batches import Mixture, collate, micro_batches
 from critic import Critics, save_critics
-from data import Credit, Episode, Transition, read_episodes, set_returns, transitions
+from data import Credit, Transition, read_episodes
 from diagnostics import Watch
 from hierarchy import MAX_NEW_TOKENS, episode_seed
 from learner import Learner
@@ -68,16 +68,6 @@ def with_preset(config: Config) -> Config:
     return replace(config, **groups)
 
 
-def decisions_of(episodes: list[Episode], meta: dict, config: Config) -> list[Transition]:
-    """All decisions, with rewards as config.credit says and Monte-Carlo returns."""
-    is_flat, decisions = meta.get("flat", False), []
-    for episode in episodes:
-        episode = flat(episode) if is_flat else episode
-        decisions += transitions(episode, meta["history"], config.credit, is_flat)
-    set_returns(decisions, config.rl.gamma, config.rl.discount)
-    return decisions
-
-
 def sample_answers(policy, tokenizer, items: list[Transition], seed: int) -> dict[int, list[int]]:
     """id(decision) -> answer ids that the policy samples for its prompt now, at temperature 1.
 
@@ -104,7 +94,7 @@ def main(config: Config) -> None:
     refuse_format(config.init, meta, "roles")
     episodes = {name: read_episodes(getattr(config, name)) for name in ("expert", "rollouts")}
     other_names = OtherNames(episodes["expert"], tokenizer, config.rename)
-    pools = {name: decisions_of(found, meta, config) for name, found in episodes.items()}
+    pools = {name: decisions_of(found, meta, config.credit, config.rl) for name, found in episodes.items()}
     shares = {"expert": config.expert_share, "rollouts": config.rollout_share}
     sampler = Mixture(pools, {name: share for name, share in shares.items() if share > 0}, config.seed)
     run = Run(

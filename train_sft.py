@@ -48,7 +48,7 @@ class Config:
     adapters: Literal["shared", "separate"] = "shared"  # one adapter for all roles, or one each
     rank: int = 16  # LoRA rank; 0 trains all weights
     targets: Literal["all", "attention"] = "all"  # linear layers that get LoRA; the papers use attention only
-    epochs: float = 3.0  # decisions drawn, in units of the dataset; 0 saves the untrained adapter
+    epochs: float = 3.0  # decisions drawn, in units of those of --data; 0 saves the untrained adapter
     shares: tuple[float, float, float] = (2.0, 2.0, 1.0)  # of planner, executor and progress in what is drawn
     practice: tuple[Path, ...] = ()  # what collect.py --source stumble and practice made: learned from too
     rename: float = 0.0  # probability that a decision is shown under other names of what its prompt names

@@ -4,7 +4,8 @@
 #   python recipes/curves.py --folder results/online/find-animal --arms glider awac ac --out results/o2o_find-animal
 # glider: only the planner learns online, by the returns that followed; glider_q: by Q as GLIDER's eq. 7. oracle: no learning, an expert at one level. replay, nothing: what is frozen instead (train_o2o.py --frozen). awac, ac: flat agents.
 # `heat` is ALFWorld, official games: the offline data lack the verb, the base has read it ($ALFWORLD_DATA).
-# Resumable: what is done is skipped. The evaluations of a finished run are kept in results/online/<type>/<arm>/seed<k>/.
+# Resumable: what is done is skipped. The evaluations of a finished run are kept in results/online/<type>/<arm>/seed<k>/, those made here
+# so far are in the repository: remove one to run it again.
 # shellcheck disable=SC2086
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,14 +22,14 @@ critic="--credit.limit end --rl.expectile 0.5 --rl.gamma 0.95 --rl.critic-lr 1e-
 update="$critic --rl.temperature 0.05 --rl.actor-lr 5e-4 --batch-size 16 --updates 4 --online-share 2"
 planner="--temperature 0.5 --planning-ratio 1.4 --explore 0.2 --give-up ${give_up[$type]:-6}" returns="--rl.advantage return"
 
-[ "$base" = base ] || [ -f "$base/pretrain.json" ] || {  # shipped; remove the folder to make it again
-  $python collect.py --source explore --panel without --max-steps 40 --out out/o2o/explore.jsonl
-  $python base/pretrain.py --text out/o2o/explore.jsonl --out $base --tokens 16e6 --threads "${THREADS:-2}" \
-    --words "${WORDS:-/usr/share/dict/american-english-small}"  # apt install wamerican-small, or any list
-}
-[ -z "$practice" ] || $python collect.py --source practice --panel without --limit 30 --max-steps 40 --out out/o2o/practice.jsonl
 start() { # folder, flags of SFT: to the checkpoint that goes online
   [ ! -f "$out/$1/orl/policy.json" ] || return 0
+  [ "$base" = base ] || [ -f "$base/pretrain.json" ] || {  # shipped; remove the folder to make it again
+    $python collect.py --source explore --panel without --max-steps 40 --out out/o2o/explore.jsonl
+    $python base/pretrain.py --text out/o2o/explore.jsonl --out $base --tokens 16e6 --threads "${THREADS:-2}" \
+      --words "${WORDS:-/usr/share/dict/american-english-small}"  # apt install wamerican-small, or any list
+  }
+  [ -z "$practice" ] || $python collect.py --source practice --panel without --limit 30 --max-steps 40 --out out/o2o/practice.jsonl
   $python collect.py --source gold $env --panel "$type-family" --out "$out/gold.jsonl"
   [ -z "$practice" ] || $python collect.py --source stumble --panel "$type-family" --gold "$out/gold.jsonl" --out "$out/stumbles.jsonl"
   [ -f "$out/$1/sft/policy.json" ] || $python train_sft.py --model $base --data "$out/gold.jsonl" --out "$out/$1/sft" --rename "${rename[$type]:-0.5}" \
@@ -40,7 +41,7 @@ start() { # folder, flags of SFT: to the checkpoint that goes online
 }
 online() { # folder to start from, name, seed, flags of train_o2o.py, of SFT
   local kept=results/online/$type/$2/seed$3
-  [ ! -f "$kept/evals.json" ] || return 0
+  [ ! -f "$kept/evals.json" ] || { echo "$kept holds this run: skipped; remove it to run it again"; return 0; }
   start "$1" "$5"
   [ -f "$out/$2/seed$3/policy.json" ] || $python train_o2o.py --init "$out/$1/orl" --offline "$out/gold.jsonl" "$out/$1/rollouts.jsonl" \
     --out "$out/$2/seed$3" $env --panel "$type" --dev-limit 25 --eval-every 2500 --seed "$3" --rename "${rename[$type]:-0}" $update $online $threads $4 $(resume "$out/$2/seed$3")

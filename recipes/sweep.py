@@ -129,9 +129,7 @@ class Config:
     name: Literal[*SWEEPS]  # which comparison
     panel: str = "demo"  # episode lists of train and dev
     seeds: tuple[int, ...] = (0,)  # of training and sampling; a claim needs three
-    budget: Literal["wiring", "full"] = (
-        "wiring"  # wiring: minutes, to see that it runs; full: the demo's settings
-    )
+    budget: Literal["wiring", "full"] = "wiring"  # minutes, to see that it runs; full: the demo's settings
     threads: int = 2  # CPU threads
     out: Path = Path("out/sweep")  # runs and episodes; shared by all sweeps, so that nothing is trained twice
     results: Path = Path("results")  # JSON and figure go to its folder wiring/ or sweeps/

@@ -215,6 +215,33 @@ def test_every_command_of_the_demo_is_understood_by_its_script(env):
         assert getattr(config, "env", env) == env
 
 
+def test_a_demo_runs_what_is_missing_and_deletes_nothing(tmp_path, monkeypatch, capsys):
+    config, ran = demo.Config(out=tmp_path / "demo"), []
+    monkeypatch.setattr(demo.subprocess, "run", lambda command, **_: ran.append(command[1]))
+    made = [Path(done) for done, _ in demo.stages(config)]
+    for path in made[:-1]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (config.out / "report.html").write_text("plotted too early")
+    demo.main(config)
+    assert ran == ["eval.py", "plot.py"] and "finished" not in capsys.readouterr().out
+    made[-1].touch()
+    demo.main(config)
+    assert ran[2:] == ["plot.py"] and "remove that folder" in capsys.readouterr().out
+    assert all(path.exists() for path in made)
+
+
+def test_gold_paths_that_the_rules_would_label_otherwise_are_refused(tmp_path):
+    flags = {"env": "alfworld", "panel": "demo", "limit": 1, "workers": 0, "threads": 1}
+    gold = collect.Config(out=tmp_path / "gold.jsonl", **flags)
+    collect.main(gold)
+    episodes = read_episodes(gold.out)
+    episodes[0].segments[0].subtask = "stroll"
+    write_episodes(gold.out, episodes)
+    with pytest.raises(ValueError, match="labelled by other rules: choose another --out"):
+        collect.main(gold)
+
+
 def test_the_scripts_collect_every_kind_of_player_and_evaluate_with_the_games_named(tmp_path, capsys):
     flags = {"env": "alfworld", "panel": "demo", "limit": 1, "workers": 0, "device": "cpu", "threads": 1}
     collect.main(collect.Config(out=tmp_path / "o.jsonl", source="oracle", **flags))

@@ -670,7 +670,7 @@ def test_collate_by_hand():
     assert batch.action_mask.tolist() == [[no, no, no, no, yes, yes], [no, no, yes, yes, yes, yes]]
     assert batch.state_index.tolist() == [3, 1] and batch.action_index.tolist() == [5, 5]
     assert batch.next_ids.tolist() == [[1, 8, 9], [1, 0, 0]]
-    assert batch.next_mask.tolist() == [[yes] * 3, [yes, no, no]] and batch.next_index.tolist() == [2, 0]
+    assert batch.next_index.tolist() == [2, 0]
     assert batch.level.tolist() == [LEVELS.index("planner"), LEVELS.index("executor")]
     assert batch.reward.tolist() == [0.5, 1.0] and batch.steps.tolist() == [3, 1]
     assert batch.terminated.tolist() == [False, True]
@@ -705,7 +705,6 @@ def test_collate_appends_the_answer_that_follows_by_hand():
     assert batch.next_ids.tolist() == [
         [1, 5, 9, 9, 0, 0], [1, 4, 5, 6, 7, 2], [1, 8, 9, 0, 0, 0], [1, 0, 0, 0, 0, 0]
     ]  # fmt: skip
-    assert batch.next_mask.sum(1).tolist() == [4, 6, 3, 1]
     assert batch.next_index.tolist() == plain.next_index.tolist() == [1, 3, 2, 0]
     assert batch.next_action_index.tolist() == [3, 5, NO_ANSWER, NO_ANSWER]
     assert plain.next_action_index.tolist() == [NO_ANSWER] * 4
@@ -805,7 +804,8 @@ def test_any_ragged_items_read_back_without_padding_as_they_were_encoded(items, 
 
         state = encode(tokenizer, t.next_prompt, "")[0] or [tokenizer.eos_token_id]
         after = t.follows and encode(tokenizer, "", t.follows.completion, t.follows.completion_ids)[1]
-        assert batch.next_ids[row][batch.next_mask[row]].tolist() == state + (after or [])
+        follows = state + (after or [])
+        assert batch.next_ids[row][: len(follows)].tolist() == follows
         assert batch.next_index[row] == len(state) - 1
         assert batch.next_action_index[row] == (len(state + after) - 1 if after else NO_ANSWER)
 

@@ -60,8 +60,7 @@ def make_learner(policy=None, **config):
 
 def pad(rows, extra=0, fill=0):
     width = max(map(len, rows)) + extra
-    ids = torch.tensor([row + [fill] * (width - len(row)) for row in rows])
-    return ids, torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
+    return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
 
 
 class Row(NamedTuple):
@@ -85,17 +84,15 @@ class Row(NamedTuple):
 def make_batch(decisions, extra=0, fill=0):
     """decisions: Row, or the first fields of one; extra columns hold `fill`."""
     rows = [Row(*decision) for decision in decisions]
-    next_ids, next_mask = pad([r.next_prompt + r.next_answer for r in rows], extra, fill)
     both = [(r.prompt, r.answer, r.policy_answer or []) for r in rows]
     segments = [[0] * len(prompt) + [1] * len(a) + [2] * len(u) for prompt, a, u in both]
     return Batch(
-        input_ids=pad([prompt + a + u for prompt, a, u in both], extra, fill)[0],
-        segment=pad(segments, extra, fill=-1)[0],
+        input_ids=pad([prompt + a + u for prompt, a, u in both], extra, fill),
+        segment=pad(segments, extra, fill=-1),
         state_index=torch.tensor([len(prompt) - 1 for prompt, a, u in both]),
         action_index=torch.tensor([len(prompt + a) - 1 for prompt, a, u in both]),
         policy_index=torch.tensor([len(prompt + a + u) - 1 if u else -1 for prompt, a, u in both]),
-        next_ids=next_ids,
-        next_mask=next_mask,
+        next_ids=pad([r.next_prompt + r.next_answer for r in rows], extra, fill),
         next_index=torch.tensor([len(r.next_prompt) - 1 for r in rows]),
         next_action_index=torch.tensor(
             [len(r.next_prompt + r.next_answer) - 1 if r.next_answer else -1 for r in rows]

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import annotate
 import collect
 import train_o2o
 import train_orl
 import train_sft
-from data import read_episodes
+from data import Credit, read_episodes
 from model import load_policy
+from readings import RLConfig
 from train_o2o import Config, split_adapter
 
 COMMON = {"device": "cpu", "threads": 1}
@@ -166,7 +168,7 @@ def test_exploring_and_giving_up_are_for_training_and_need_an_experts_plans(star
 
 def test_what_exploration_said_is_left_out_where_it_returned_less_than_usual(start):
     gold = read_episodes(start / "gold.jsonl")
-    (t, *_) = train_o2o.decisions_of(gold, {"history": "progress"}, config(start, "x"))
+    (t, *_) = annotate.decisions_of(gold, {"history": "progress"}, Credit(), RLConfig())
     assert t.level == "planner"
     own = [replace(t, source="o2o-0", completion_ids=[1], mc_return=value) for value in (0.0, 0.5, math.nan)]
     said = [replace(t, source="o2o-0", completion_ids=[], mc_return=v) for v in (0.2, 0.25, 0.3, math.nan)]

@@ -224,7 +224,7 @@ def test_an_episode_is_segments_under_the_subgoals_that_were_chosen(tmp_path):
 def test_an_episode_is_given_up_after_actions_in_a_row_that_were_not_understood():
     first = StepResult("room", "Your task is to: x.", 0.0, 0.0, False, False, False)
     miss = replace(first, obs="Nothing happens.")
-    player = TurnPlayer(Episode("alfworld", "t", "g", "x"), first, 0, lambda *_: False, give_up=2)
+    player = TurnPlayer(Episode("alfworld", "t", "g", "x"), first, 0, lambda *_: False, max_misses=2)
     for result, over in [(miss, False), (first, False), (miss, False), (miss, True)]:
         player.receive(decided(False, "a", "act"), Counts())
         player.stepped(result, Counts())

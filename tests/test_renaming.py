@@ -7,7 +7,7 @@ import pytest
 
 import renaming
 import train_sft
-from data import Episode, Transition, Turn
+from data import Episode, Segment, Transition, Turn
 from renaming import new_names, rename, visible
 
 OBS = (
@@ -122,3 +122,12 @@ def test_a_name_said_in_short_is_not_hidden_from_the_prompt():
 def test_renaming_needs_decisions_of_roles(tmp_path):
     with pytest.raises(ValueError, match="leave them out with --plan-execute"):
         train_sft.main(train_sft.Config(tmp_path, tmp_path / "out", rename=0.5, plan_execute=True))
+
+
+def test_the_verb_of_a_subtask_is_no_name():
+    """ "water the pot": as a substance "water" has other names, the planner's verb must not have them."""
+    turn = Turn(OBS.replace("a battery", "water"), "look around", "", 0.0, False, False)
+    episode = Episode("scienceworld", "grow-plant", 1, "", [turn])
+    assert "water" in renaming.things(episode)
+    episode = replace(episode, segments=[Segment("water the pot", 0, 1, "")])
+    assert renaming.things(episode) == ["red wire", "table", "unknown substance"]

@@ -48,6 +48,16 @@ def test_config_json_holds_every_field_and_where_it_came_from(tmp_path):
     assert set(record["provenance"]) == {"command", "commit", "versions", "hardware"}
 
 
+def test_a_resumed_run_keeps_where_it_began_and_lists_where_it_went_on(tmp_path, monkeypatch):
+    began = Run(tmp_path, Config()).provenance
+    monkeypatch.setattr("sys.argv", ["later.py", "--resume"])
+    Run(tmp_path, Config(), resume=True)
+    now = Run(tmp_path, Config(), resume=True).provenance
+    again = {"command": "python later.py --resume", "commit": began["commit"]}
+    assert now == began | {"resumed": [again, again]}
+    assert json.loads((tmp_path / "config.json").read_text())["provenance"] == now
+
+
 def test_metrics_are_one_row_per_number(tmp_path):
     r = Run(tmp_path, Config())
     r.log(1, {"executor/q_loss": 0.25, "train/lr": 1e-4})
