@@ -1,7 +1,7 @@
 """Script: trajectories as JSONL: annotated gold paths, rollouts of a policy, or exploration (text for base/).
 
-    python collect.py --source gold --panel demo --out out/demo/gold.jsonl
-    python collect.py --source policy --checkpoint out/demo/sft --panel demo --out out/demo/rollouts.jsonl
+    python collect.py --source gold --panel demo --out out/mine/gold.jsonl
+    python collect.py --source policy --checkpoint out/mine/sft --panel demo --out out/mine/rollouts.jsonl
 
 Collection resumes: episodes already in the file are kept and not played again.
 """

@@ -57,7 +57,7 @@ def expectile_loss(diff: Tensor, expectile: float, count: int | None = None) -> 
 
 
 def conservative_loss(policy_q: Tensor, data_q: Tensor, count: int | None = None) -> Tensor:
-    """E_{u~pi}[Q(s,u)] - E_D[Q(s,a)], added to L_Q times alpha  (CQL, arXiv:2006.04779, eq. 2 with mu = pi).
+    """E_{u~pi}[Q(s,u)] - E_D[Q(s,a)]  (CQL, arXiv:2006.04779, eq. 2 with mu = pi); added to L_Q.
 
     Both (B,) -> scalar: sum / count, by default B. Both carry a gradient: Q falls where the policy strays
     from the data.

@@ -1,8 +1,8 @@
 """Script: plays a panel greedily and writes one results JSON and the episodes.
 
-    python eval.py --checkpoint out/demo/sft --panel demo --split dev --out out/demo --name sft
-    python eval.py --agent random --panel glider --split dev --out results --name random
-    python eval.py --checkpoint out/demo/orl --watch        # one episode, here; --seed picks which
+    python eval.py --checkpoint out/mine/sft --panel demo --split dev --out out/mine --name sft
+    python eval.py --agent random --panel glider --split dev --out out/mine --name random
+    python eval.py --checkpoint out/mine/orl --watch        # one episode, here; --seed picks which
     python eval.py --check                                  # does this machine have what is needed?
 
 Nothing is selected on test: every evaluation of a test split is recorded in results/test_log.jsonl with its

@@ -1,7 +1,7 @@
 """Script: HiPER, online plan-execute RL with hierarchical advantage estimation (arXiv:2602.16165).
 
-    python train_sft.py --plan-execute --data out/alfworld/gold.jsonl --out out/pe
-    python train_hiper.py --init out/pe --env alfworld --panel demo --out out/hiper
+    python train_sft.py --plan-execute --data out/mine/alfworld.jsonl --out out/mine/turns-alfworld
+    python train_hiper.py --init out/mine/turns-alfworld --env alfworld --panel demo --out out/mine/hiper
 
 In iterations: play episodes, estimate advantages, fit the values, one pass of clipped policy-gradient steps
 (hiper.py). --rl.advantage chooses the estimator on the same format: HiPER's, flat GAE, or the group's.

@@ -1,7 +1,7 @@
 """Script: offline to online: offline RL's update, also on fresh episodes (GLIDER, arXiv:2505.19761, 3.5).
 
-    python train_o2o.py --init out/demo/orl --offline out/demo/gold.jsonl out/demo/rollouts.jsonl \
-        --panel demo --out out/demo/o2o
+    python train_o2o.py --init out/mine/orl --offline out/mine/gold.jsonl out/mine/rollouts.jsonl \
+        --panel demo --out out/mine/o2o
 
 In rounds: the policy plays train variations, its last episodes become the online buffer, and batches of
 offline and online decisions train it, at a step size that falls to 0. The planner adapts; what happens to the

@@ -1,7 +1,7 @@
 """Script: offline RL on fixed expert episodes and rollouts (GLIDER, arXiv:2505.19761, Algorithm 1).
 
-    python train_orl.py --init out/demo/sft --expert out/demo/gold.jsonl \
-        --rollouts out/demo/rollouts.jsonl --out out/demo/orl
+    python train_orl.py --init out/mine/sft --expert out/mine/gold.jsonl \
+        --rollouts out/mine/rollouts.jsonl --out out/mine/orl
 
 Starts from the SFT adapter. The gradient step itself (IQL critic, AWR actor) is learner.py.
 """

@@ -2,7 +2,7 @@
 
 L_SFT = -E_D[(1/n) sum_i log pi(w_i | s, w_<i)]  (GLIDER, arXiv:2505.19761, eq. 3; 1/n as in STEP-HRL's code)
 
-    python train_sft.py --data out/demo/gold.jsonl --out out/demo/sft
+    python train_sft.py --data out/mine/gold.jsonl --out out/mine/sft
 """
 
 import time

@@ -23,7 +23,7 @@ def option_target(rewards: list[float], gamma: float, terminated: bool, next_val
     """y of a subtask of k = len(rewards) environment steps, as an option (Sutton, Precup & Singh 1999).
 
     y = sum_i gamma^i rewards[i] + gamma^k V(s'), and no V(s') where the world has ended. A step limit is
-    not an end.
+    not an end. (The papers, and `--rl.discount smdp`, leave the sum of rewards inside undiscounted.)
     """
     raise NotImplementedError(TODO)
 
@@ -117,7 +117,7 @@ def temperature_for(advantage: Tensor, share: float) -> float:
 #   R-G4   below the planner there is only behaviour cloning
 #   R-G6   offline RL starts from a fresh adapter, not from SFT's
 #   R-G7   micro-batches are divided by their own count
-#   R-G11  the last action of a subtask is never trained
+#   R-G11  the last action is never trained (in the release: of a flat trajectory; here: of a subtask)
 #   R-S1   the raw advantage is the weight, without exp
 #   R-S2   the sign of the expectile is reversed
 HUNT = {1: "", 2: "", 3: "", 4: "", 5: "", 6: ""}

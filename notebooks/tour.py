@@ -3,8 +3,8 @@
 #
 # Two hours with the code beside you. Run it as a script (`python notebooks/tour.py`), or cell by cell in
 # an editor that knows `# %%` (VS Code, PyCharm, Jupyter with jupytext). All is made on the spot, on two
-# CPU cores, in real ScienceWorld: imitation of experts in biology, then finding an animal, which none of
-# them did, from own experience. What is finished is not made again. `TOUR=short` makes every training
+# CPU cores, in real ScienceWorld: imitation of experts in biology, then a type of task that is new, "find
+# an animal", from own experience. What is finished is not made again. `TOUR=short` makes every training
 # tiny, to see that all runs; then no number means anything.
 
 # %%
@@ -123,10 +123,11 @@ torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-3)
 
 # %% [markdown]
 # ## 6. Imitation (SFT)
-# Experts of ten task types of biology: living things, plants, life spans, and no word of how an animal is
-# found. The backbone `base/held_out` never read of it either. Besides gold paths: the same with failed
-# tries in them, and exploration of other task types, whose subtasks the executor practises. `--rename`
-# shows half of the decisions with other names of things, so that names are read and not known by heart.
+# Experts of ten task types of biology, "find an animal" not among them; the backbone `base/held_out` has
+# not read of it either. What is near to it is there: who was asked for a living thing has brought animals
+# to a box. Besides gold paths: the same with failed tries in them, and exploration of other task types,
+# whose subtasks the executor practises. `--rename` shows half of the decisions with other names of
+# things, so that names are read and not known by heart.
 
 # %%
 FAMILY = "--panel find-animal-family"
@@ -156,8 +157,9 @@ def metric(folder: str, name: str) -> tuple[list[int], list[float]]:
 
 # %% [markdown]
 # ## 7. Own experience
-# The policy goes for an animal, sampled at temperature 1, once in each train variation. It knows neither
-# where animals are nor that one wrong "focus on" ends the episode at -100: most are lost.
+# The policy goes for an animal, once in each train variation; the executor is sampled at temperature 1, the
+# planner at 0.7. It does not know what counts as one, nor that a wrong "focus on" ends the episode at -100
+# (no expert ever made one): most are lost.
 
 # %%
 script(
@@ -173,8 +175,8 @@ print(f"of {len(rollouts)} episodes {above} above 0, {solved} solved")
 # %% [markdown]
 # ## 8. What a critic learns
 # V moves towards the *upper* part of Q: the expectile loss weighs positive errors more (IQL, eq. 5). With
-# 0.5 it is the mean; towards 1 it is the best action seen. Here on a bag of returns, by plain gradient
-# descent.
+# 0.5 it is the mean; towards 1 it is the best action seen. Here on a bag of returns (a 0 and a 1 added, so
+# that they are never all alike), by plain gradient descent.
 
 # %%
 returns = torch.tensor([score / 100 for score in scores] + [0.0, 1.0])
@@ -195,7 +197,9 @@ assert abs(best[0.5] - returns.mean().item()) < 1e-3 and best[0.5] < best[0.7] <
 # Q and V are fitted to experts and rollouts, and log pi of every answer is weighted by exp(A /
 # temperature): `learner.py` is one such step on one screen. Here A = return - V, what followed against
 # what was expected. GLIDER takes Q - V (`--rl.advantage q`, the default): docs/gallery.md shows what that
-# Q forgets where good answers are rare.
+# Q forgets where good answers are rare. Of the other flags, `--credit.limit end`: who runs into the step
+# limit earns nothing more, so a loop does not pay; `--rl.expectile 0.5 --rl.gamma 0.95`: V is the plain
+# mean of what the near future brings; a low temperature: few decisions here are good, they shall count.
 
 # %%
 script(
@@ -260,6 +264,6 @@ torch.testing.assert_close(high[0], torch.tensor(0.81))
 # %% [markdown]
 # ## Where to go on
 # `python eval.py --checkpoint out/tour/orl --panel find-animal --watch` plays one episode before your
-# eyes; `recipes/o2o.sh find-animal 0 glider` goes on online; `python plot.py --run out/tour`
-# makes the report of this tour; `exercises/` has ten functions to write and silent bugs to find;
-# docs/gallery.md shows what collapsed here, and how it looked.
+# eyes; `recipes/o2o.sh find-animal 3 glider` does it online (seeds 0 to 2 are kept in results/online/);
+# `python plot.py --run out/tour` makes the report of this tour; `exercises/` has ten functions to write
+# and silent bugs to find; docs/gallery.md shows what collapsed here, and how it looked.

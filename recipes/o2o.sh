@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Offline to online on a task type that nothing has seen before: not the base, not SFT, not offline RL (GLIDER, section 4.4).
+# Offline to online on a task type that nothing has seen before: not the base, not SFT, not offline RL (GLIDER, section 4.4); its family,
+# from which imitation learns, may be near to it: who can "find a living thing" has brought animals to a box.
 #   recipes/o2o.sh find-animal "0 1 2" "glider awac ac"     # or boil, test-conductivity; then
 #   python recipes/curves.py --folder results/online/find-animal --arms glider awac ac --out results/o2o_find-animal
-# glider: only the planner learns online, by the returns that followed; glider_q: by Q as GLIDER's eq. 7. oracle: no learning, an expert at one level. replay, nothing: what is frozen instead (train_o2o.py --frozen). awac, ac: flat agents.
+# glider: only the planner learns online, by the returns that followed; glider_q: by Q as GLIDER's eq. 7. oracle: no learning, an expert at one level. replay, nothing: what is frozen instead (train_o2o.py --frozen).
+# awac, ac: flat agents, the same update, no exploration. The seeds of an arm are those of its online stage: they share one start.
 # `heat` is ALFWorld, official games: the offline data lack the verb, the base has read it ($ALFWORLD_DATA).
 # Resumable: what is done is skipped. The evaluations of a finished run are kept in results/online/<type>/<arm>/seed<k>/, those made here
 # so far are in the repository: remove one to run it again.
@@ -21,6 +23,7 @@ resume() { if [ -f "$1/config.json" ]; then echo --resume; fi; }
 critic="--credit.limit end --rl.expectile 0.5 --rl.gamma 0.95 --rl.critic-lr 1e-3"
 update="$critic --rl.temperature 0.05 --rl.actor-lr 5e-4 --batch-size 16 --updates 4 --online-share 2"
 planner="--temperature 0.5 --planning-ratio 1.4 --explore 0.2 --give-up ${give_up[$type]:-6}" returns="--rl.advantage return"
+flat="--frozen nothing --temperature 0.7 $returns"
 
 start() { # folder, flags of SFT: to the checkpoint that goes online
   [ ! -f "$out/$1/orl/policy.json" ] || return 0
@@ -64,8 +67,8 @@ for seed in $seeds; do
       glider) online planner glider "$seed" "$planner $returns" "" ;;
       glider_q) online planner glider_q "$seed" "$planner" "" ;;
       replay | nothing) online planner "$arm" "$seed" "$planner $returns --frozen $arm" "" ;;
-      awac) online flat awac "$seed" "--frozen nothing" --flat ;;
-      ac) online flat ac "$seed" "--frozen nothing --rl.actor signed_advantage --offline-share 0" --flat ;;
+      awac) online flat awac "$seed" "$flat" --flat ;;
+      ac) online flat ac "$seed" "$flat --rl.actor signed_advantage --offline-share 0" --flat ;;
     esac
   done
 done

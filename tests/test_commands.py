@@ -1,5 +1,6 @@
 """Every command that README, docs/ and base/README.md print is run, shortened."""
 
+import re
 import runpy
 import shlex
 import shutil
@@ -9,9 +10,13 @@ from pathlib import Path
 import pytest
 from test_docs import printed_commands
 
+import annotate
 import envs
+import scripted
+from data import transitions
 
 ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 PANEL = ["lifespan-longest-lived 0", "find-non-living-thing 0"]
 CPU, PLAY = "--threads 1 --device cpu", "--workers 0"
 TRAIN = f"{CPU} --batch-size 8"
@@ -55,6 +60,8 @@ def folder(one_simulator, tmp_path_factory):
         lines = [line for line in path.read_text().splitlines() if line and line[0] != "#"]
         lines = PANEL if path.name.startswith("scienceworld") else lines[:2]
         (root / "panels" / path.name).write_text("\n".join(lines))
+    (root / "out" / "mine").mkdir(parents=True)
+    (root / "out" / "demo").symlink_to("mine")  # README reads what make demo left there
     (root / "words.txt").write_text("apple\nriver\nstone\ncloud\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(envs, "PANELS", root / "panels")
@@ -62,6 +69,14 @@ def folder(one_simulator, tmp_path_factory):
         patch.delenv("ALFWORLD_DATA", raising=False)
         patch.chdir(root)
         yield root
+
+
+def test_the_readme_shows_real_decisions(one_simulator):
+    with envs.EnvPool("scienceworld", 1, 0, 10**6) as pool:
+        (episode,) = scripted.play_gold(pool, [("power-component", 0)], "scienceworld")
+    decisions = [t.prompt + t.completion for t in transitions(annotate.annotate(episode))]
+    shown = re.findall(r"\n(Plan the next.+?)\n\n(Act on.+?)\n\n(Update the.+?)\n```", README, re.DOTALL)
+    assert len(shown) == 1 and set(shown[0]) <= set(decisions)
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS, key=lambda c: list(SHORT).index(kind(c))))
