@@ -118,8 +118,7 @@ def progress_text(subtask: str, previous: str, action: str, feedback: str) -> st
 
 
 # --- subtasks and their completion ------------------------------------------------------------------------
-_OPEN = r"(?:open (?!door).+\n)*"
-_SELF = r"(?:pour (?:(?P<self>.+?) in(?:to)? (?P=self)|metal pot .* into metal pot.*)\n)?"
+_SELF = r"(?:pour (?:(?P<self>.+?) in(?:to)? (?P=self)|metal pot .* into metal pot.*)\n(?:open .+\n)*)?"
 X, Y = "(?P<x>.+?)", "(?P<y>.+?)"
 # Per kind: the coming actions (marked BROKEN or REFUSED; _SELF: poured into itself, as gold does),
 # the name, completion: what feedback says ({x}: a part of x), what room or inventory shows. First wins.
@@ -143,18 +142,18 @@ KINDS = [
         "stopwatch is now activated", "room {y} block"),
     (r"(?:look at (?P<y>inclined.+)\n)+(?:deactivate stopwatch.*\nexamine stopwatch.*\n)?",
         "watch the block on the {y}", r"time reads \d+ ticks", ""),
-    (rf"{_OPEN}move {X} to {Y}\nactivate (?P=y)(?: BROKEN)?\n", "heat the {x} with the {y}",
+    (rf"move {X} to {Y}\nactivate (?P=y)(?: BROKEN)?\n", "heat the {x} with the {y}",
         "The {y} (?:is now activated|appears broken)", "room {y} on {x}"),
-    (rf"{_OPEN}move {X} to {Y}\n(?:0\n)?", "put the {x} in the {y}",
+    (rf"move {X} to {Y}\n(?:0\n)?", "put the {x} in the {y}",
         r"You move the {x} to the {y}\.", ""),
-    (rf"{_SELF}(?:open (?!door).+\n|deactivate .+\n)*pick up {X}\n(?:0\n)?", "get the {x}",
+    (rf"{_SELF}(?:deactivate .+\n)*pick up {X}\n(?:0\n)?", "get the {x}",
         "You move the {x} to the inventory", "inventory {x}"),
-    (rf"{_OPEN}focus on {X}\n(?:0\n)?", "focus on the {x}", r"You focus on the {x}\.", ""),
+    (rf"focus on {X}\n(?:0\n)?", "focus on the {x}", r"You focus on the {x}\.", ""),
     (r"connect (?!.+ REFUSED)(?P<link>.+)\n", "connect {link}",
         r"(?:^|\)){a} on {x} is now connected to {b} on {y}\.?$", ""),
-    (rf"{_SELF}{_OPEN}(?:examine .+\n)?mix {X}(?: containing .+)?\n", "mix the contents of the {x}",
+    (rf"{_SELF}(?:examine .+\n)?mix {X}(?: containing .+)?\n", "mix the contents of the {x}",
         " mix to produce ", ""),
-    (rf"{_SELF}{_OPEN}pour {X} in(?:to)? {Y}\n(?:0\n)?",
+    (rf"{_SELF}pour {X} in(?:to)? {Y}\n(?:0\n)?",
         "pour the {x} into the {y}", r"You pour the contents of the [\w ]+ into the {y}\.", ""),
     (rf"(?:close door.+\n)+open {X}\n", "close the doors and open the {x}",
         "The {x} is (?:now|already) open", ""),

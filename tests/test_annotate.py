@@ -27,7 +27,7 @@ def obs(feedback: str, room: str = KITCHEN, *held: str) -> str:
 
 
 def small_episode() -> Episode:
-    """Six actions, three subtasks; no simulator needed."""
+    """Six actions, four subtasks; no simulator needed."""
     steps = [
         ("open door to kitchen", obs(HALLWAY, HALLWAY)),
         ("go to kitchen", obs("The door is now open.", HALLWAY)),
@@ -83,13 +83,14 @@ def test_small_episode_by_hand():
     assert [(s.subtask, s.start, s.end) for s in episode.segments] == [
         ("explore the kitchen", 0, 3),
         ("get the thermometer", 3, 4),
-        ("get the metal pot", 4, 6),
+        ("open the cupboard", 4, 5),
+        ("get the metal pot", 5, 6),
     ]
     assert [t.progress for t in episode.turns] == [
-        *("None", "the door to kitchen is open.", "in the kitchen.", "None", "None", "the cupboard is open.")
+        *("None", "the door to kitchen is open.", "in the kitchen.", "None", "None", "None")
     ]
     assert [t.claimed_done for t in episode.turns] == [t.verified_done for t in episode.turns]
-    assert [i for i, t in enumerate(episode.turns) if t.verified_done] == [2, 3, 5]
+    assert [i for i, t in enumerate(episode.turns) if t.verified_done] == [2, 3, 4, 5]
     assert episode.segments[-1].final_progress == "got the metal pot."
     assert check(episode) == []
 

@@ -31,7 +31,7 @@ FAULTS = {
     ),
     "a subtask looks ahead": (lambda e: _rename(e, 0, "explore the cupboard"), "has not seen ['cupboard']"),
     "progress names an unseen thing": (
-        lambda e: setattr(e.turns[5], "progress", "the unicorn is open."),
+        lambda e: setattr(e.turns[1], "progress", "the unicorn is open."),
         "['unicorn']",
     ),
     "progress leaks the future": (
@@ -45,7 +45,7 @@ FAULTS = {
     "progress is missing": (lambda e: setattr(e.segments[1], "final_progress", ""), "not progress_text"),
     "groups overlap": (lambda e: setattr(e.segments[1], "start", 2), "do not follow"),
     "groups leave a gap": (lambda e: setattr(e.segments[0], "end", 2), "do not follow"),
-    "groups end too early": (lambda e: e.segments.pop(), "cover 4 of 6"),
+    "groups end too early": (lambda e: e.segments.pop(), "cover 5 of 6"),
     "a turn carries another subtask": (lambda e: setattr(e.turns[1], "subtask", "wait"), "does not carry"),
     "the last action is not claimed": (
         lambda e: setattr(e.turns[3], "claimed_done", False),
@@ -98,9 +98,9 @@ def test_ambiguity_by_hand():
     one, two, three = (annotate(small_episode()) for _ in range(3))
     assert ambiguity([one, two], "executor") == ambiguity([one, two], "planner") == 0
     three.turns[3].action = "focus on thermometer"  # 1 of 18 actions differs from the majority
-    _rename(three, 2, "open the cupboard")  # 1 of 9 subtasks; its two turns become prompts of their own
+    _rename(three, 2, "get the metal pot")  # 1 of 12 subtasks; its turn becomes a prompt of its own
     assert ambiguity([one, two, three], "executor") == pytest.approx(1 / 18)
-    assert ambiguity([one, two, three], "planner") == pytest.approx(1 / 9)
+    assert ambiguity([one, two, three], "planner") == pytest.approx(1 / 12)
 
 
 # --- command line -----------------------------------------------------------------------------------------
