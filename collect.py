@@ -33,7 +33,7 @@ EXPERTS = ("gold", "recorded", "oracle", "stumble")
 @dataclass(frozen=True)
 class Config:
     out: Path  # JSONL file to write, or to go on with
-    # who plays; recorded and oracle: ALFWorld only; stumble: gold with refused tries of other subtasks in it;
+    # who plays; recorded and oracle: ALFWorld only; stumble: gold with refused tries and actions in it;
     # practice: exploration, with the subtasks that it happened to complete
     source: Literal["gold", "recorded", "oracle", "stumble", "policy", "explore", "practice"] = "gold"
     env: EnvName = "scienceworld"  # which text world; alfworld is the fast engine

@@ -2,7 +2,7 @@
 
 gold paths -> SFT -> rollouts of the SFT policy -> offline RL -> offline to online -> out/demo/report.html
 
-In ScienceWorld SFT learns from stumbles too: gold paths with refused tries in them.
+In ScienceWorld SFT learns from stumbles too: gold paths with slips in them.
 
 `make demo ENV=alfworld` does the same in ALFWorld, on generated games: they need no download, and their
 scores are not those of the official games.

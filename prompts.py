@@ -15,6 +15,13 @@ NOT_UNDERSTOOD = (
     "Unknown action",
     "Nothing happens",
 )  # what the worlds say to an invalid action
+# and to one that changes nothing
+IN_VAIN = r"^The door is not open|^It's not clear how to get there|is already (?:open|connected)"
+
+
+def refused(obs: str) -> bool:
+    """Whether the last action did nothing: it was not understood, or in vain."""
+    return obs.startswith(NOT_UNDERSTOOD) or bool(re.search(IN_VAIN, obs.split(SEPARATOR)[0]))
 
 
 # --- observations ---------------------------------------------------------------------------------------

@@ -121,19 +121,28 @@ def play_gold(pool: EnvPool, panel: list, env: str, expert: str = "gold") -> Ite
     yield from play(pool, panel, env, source, choose, path=f"{expert}_path")
 
 
-def with_tries(gold: Episode, chance: float, rng: random.Random) -> list[tuple[str, list[str], bool]]:
-    """An annotated path as (subtask, its actions, False), with tries between: (subtask, last action, True).
+def with_slips(gold: Episode, tries: float, slips: float, rng: random.Random) -> list[tuple[str, list]]:
+    """An annotated path as (subtask, [(action, is it a slip?), ...]), with slips between.
 
-    While a coin of `chance` says so, the last subtask or one of the four to come is tried out of turn.
+    While a coin of `tries` says so, the last subtask or one of the four to come is tried out of turn: one
+    slip, a part of its own. And before an action, with the probability `slips`, the action before it is made
+    again, or the next of its subtask too early.
     """
-    parts = []
+    parts, last = [], ""
     for k, segment in enumerate(gold.segments):
         near = gold.segments[max(0, k - 1) : k] + gold.segments[k + 1 : k + 5]
         others = [s for s in near if s.subtask != segment.subtask]
-        while others and rng.random() < chance:
+        while others and rng.random() < tries:
             other = rng.choice(others)
-            parts.append((other.subtask, [gold.turns[other.end - 1].action], True))
-        parts.append((segment.subtask, [t.action for t in gold.turns[segment.start : segment.end]], False))
+            parts.append((other.subtask, [(gold.turns[other.end - 1].action, True)]))
+        actions, part = [t.action for t in gold.turns[segment.start : segment.end]], []
+        for i, action in enumerate(actions):
+            wrong = [a for a in (last, *actions[i + 1 : i + 2]) if a not in ("", action)]
+            if wrong and rng.random() < slips:
+                part.append((rng.choice(wrong), True))
+            part.append((action, False))
+            last = action
+        parts.append((segment.subtask, part))
     return parts
 
 
@@ -143,43 +152,45 @@ def play_stumbling(
     env: str,
     seed: int,
     judge: Callable[[str, str], bool],
-    chance: float = 0.4,
+    tries: float = 0.4,
+    slips: float = 0.1,
 ) -> Iterator[Episode]:
-    """Gold paths with failed tries in them, so that it can be learned what to do after one (with segments).
+    """Gold paths with slips in them, so that it can be learned what to do after one (with segments).
 
-    An expert does not fail, so who imitates it alone gives a refused subtask again and again. Noise in the
-    expert's actions shows how it recovers (DART, arXiv:1703.09327). A try that the world understood (but
-    for "already connected"), or whose subtask was complete, is no failure: it is taken out, and the path is
-    played again.
+    An expert does not fail, so who imitates it alone says again and again what was refused. Noise in the
+    expert's actions shows how it recovers (DART, arXiv:1703.09327). A slip that the world did not refuse, or
+    that completed its subtask, is none: it is taken out, and the path played again.
     """
     plans = {
-        (e.task, e.variation): with_tries(
-            e, chance, random.Random(episode_seed(seed, e.task, e.variation, 0, "stumble"))
+        (e.task, e.variation): with_slips(
+            e, tries, slips, random.Random(episode_seed(seed, e.task, e.variation, 0, "stumble"))
         )
         for e in gold
     }
 
     def choose(episode: Episode, now: StepResult, _) -> str | None:
-        actions = [a for _, part, _ in plans[episode.task, episode.variation] for a in part]
+        actions = [action for _, part in plans[episode.task, episode.variation] for action, _ in part]
         return actions[len(episode.turns)] if len(episode.turns) < len(actions) else None
 
     while plans:
         for e in play(pool, list(plans), env, f"stumble-{seed}", choose):
             plan, after = plans.pop((e.task, e.variation)), [t.obs for t in e.turns[1:]] + [e.final_obs]
-            ends = list(accumulate(len(actions) for _, actions, _ in plan))
-            failed = [
-                not is_try or end > len(after) or (
-                    after[end - 1].startswith(prompts.NOT_UNDERSTOOD) and not judge(subtask, after[end - 1])
-                ) or "is already connected" in after[end - 1]
-                for (subtask, _, is_try), end in zip(plan, ends, strict=True)
-            ]  # fmt: skip
-            if not all(failed):
-                plans[e.task, e.variation] = [part for part, ok in zip(plan, failed, strict=True) if ok]
+            feedback, kept = iter(after), []
+            for subtask, part in plan:
+                obs = [next(feedback, None) for _ in part]  # None: the episode was over
+                fine = [
+                    not slip or o is None or (prompts.refused(o) and not judge(subtask, o))
+                    for (_, slip), o in zip(part, obs, strict=True)
+                ]
+                kept.append((subtask, [step for step, ok in zip(part, fine, strict=True) if ok]))
+            if kept != plan:
+                plans[e.task, e.variation] = [(subtask, part) for subtask, part in kept if part]
                 continue
+            ends = list(accumulate(len(part) for _, part in plan))
             segments = [
-                Segment(subtask, end - len(actions), min(end, len(e.turns)), "")
-                for (subtask, actions, _), end in zip(plan, ends, strict=True)
-                if end - len(actions) < len(e.turns)
+                Segment(subtask, end - len(part), min(end, len(e.turns)), "")
+                for (subtask, part), end in zip(plan, ends, strict=True)
+                if end - len(part) < len(e.turns)
             ]
             yield replace(e, segments=segments)
 

@@ -16,6 +16,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+import prompts
 from acting import Policy
 from annotate import flat
 from batches import Mixture, collate, micro_batches
@@ -32,7 +33,6 @@ from model import (
 )
 from plan_execute import TurnBatch, by_length, expert_turns
 from plan_execute import collate as collate_turns
-from prompts import split_obs
 from renaming import OtherNames
 from run import Run, fail, own_share, pick_device, sum_gradients, sum_over_processes
 
@@ -65,21 +65,25 @@ class Config:
 
 
 def hindsight(episode: Episode, history: str) -> list[Transition]:
-    """What practice teaches: exploration the executor, stumbles the planner, both how to report a failure.
+    """What practice teaches: exploration how to do things, stumbles what to do next, both to report failures.
 
     Whatever was done is a good example of how to do just that (HER, arXiv:1707.01495), if room or inventory
-    changed by it: else a subtask would seem done where one stands. From a gold path with failed tries the
-    planner learns what the expert does after them, and not the tries. A progress policy that saw successes
-    alone would report them always.
+    changed by it: else a subtask would seem done where one stands. From a gold path with slips the planner
+    learns what the expert goes on with, the executor what it does after a refusal, and neither the slips. A
+    progress policy that saw successes alone would report them always.
     """
     if episode.source.startswith("stumble"):
-        done = {s.start for s in episode.segments if episode.turns[s.end - 1].verified_done}
+        done = [s for s in episode.segments if episode.turns[s.end - 1].verified_done]
+        learned = {("planner", s.start) for s in done} | {
+            ("executor", t) for s in done for t in range(s.start, s.end)
+            if prompts.refused(episode.turns[t].obs) and not prompts.refused(episode.obs_after(t))
+        }  # fmt: skip
         found = transitions(episode, history)
-        return [t for t in found if t.level == "progress" or (t.level == "planner" and t.turn in done)]
+        return [t for t in found if t.level == "progress" or (t.level, t.turn) in learned]
     kept = set()
     for s in episode.segments:
         before, after = (
-            split_obs(obs)[1:] for obs in (episode.turns[s.start].obs, episode.obs_after(s.end - 1))
+            prompts.split_obs(obs)[1:] for obs in (episode.turns[s.start].obs, episode.obs_after(s.end - 1))
         )
         if episode.turns[s.end - 1].verified_done and before != after:
             kept |= set(range(s.start, s.end))

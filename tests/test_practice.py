@@ -12,7 +12,7 @@ import scripted
 import train_sft
 from data import Episode, Segment, Transition, Turn, read_episodes
 from envs import OBS_SEPARATOR, EnvPool, StepResult, read_panel
-from prompts import NOT_UNDERSTOOD, split_obs
+from prompts import NOT_UNDERSTOOD, refused, split_obs
 from renaming import vocabulary
 
 PANEL = [("find-animal", 0), ("find-plant", 0)]
@@ -127,25 +127,35 @@ def path_of_three():
     return Episode("scienceworld", "boil", 0, "d", turns, segments, obs("", "hall"), source="expert")
 
 
-def test_tries_are_last_actions_of_neighbouring_subtasks():
+def test_slips_are_neighbouring_subtasks_and_actions():
     gold = path_of_three()
-    plain = [("go to the hall", ["open door to hall", "go to hall"], False),
-             ("get the mug", ["pick up mug"], False),
-             ("put the mug in the sink", ["move mug to sink"], False)]  # fmt: skip
-    assert scripted.with_tries(gold, 0.0, random.Random(0)) == plain
-    tries = set()
+    plain = [("go to the hall", [("open door to hall", False), ("go to hall", False)]),
+             ("get the mug", [("pick up mug", False)]),
+             ("put the mug in the sink", [("move mug to sink", False)])]  # fmt: skip
+    assert scripted.with_slips(gold, 0.0, 0.0, random.Random(0)) == plain
+    tries, early = set(), set()
     for seed in range(50):
-        parts = scripted.with_tries(gold, 0.5, random.Random(seed))
-        assert [part for part in parts if not part[2]] == plain
-        for i, (subtask, actions, is_try) in enumerate(parts):
-            if is_try:
-                following = next(part[0] for part in parts[i:] if not part[2])
-                tries.add((following, subtask, *actions))
+        parts = scripted.with_slips(gold, 0.5, 0.0, random.Random(seed))
+        assert [part for part in parts if not part[1][0][1]] == plain
+        for i, (subtask, steps) in enumerate(parts):
+            if steps[0][1]:
+                following = next(part[0] for part in parts[i:] if not part[1][0][1])
+                tries.add((following, subtask, steps[0][0]))
+        parts = scripted.with_slips(gold, 0.0, 0.5, random.Random(seed))
+        assert [(s, [step for step in steps if not step[1]]) for s, steps in parts] == plain
+        steps = [step for _, part in parts for step in part]
+        early |= {(a, b) for (a, slip), (b, _) in pairwise(steps) if slip}
     names = {s.subtask: gold.turns[s.end - 1].action for s in gold.segments}
     expected = {(a, b, names[b]) for a in names for b in names if a != b}
     assert tries == expected - {("put the mug in the sink", "go to the hall", "go to hall")}, (
         "one back at most"
     )
+    again = {
+        ("open door to hall", "go to hall"),
+        ("go to hall", "pick up mug"),
+        ("pick up mug", "move mug to sink"),
+    }
+    assert early == again | {("go to hall", "open door to hall")}, "the one before, the next of the subtask"
 
 
 def test_a_stumbling_expert_fails_at_tries_alone_and_arrives():
@@ -153,23 +163,28 @@ def test_a_stumbling_expert_fails_at_tries_alone_and_arrives():
     with EnvPool("scienceworld", 2, workers=1, max_steps=10**6) as pool:
         gold = [annotate.annotate(e) for e in scripted.play_gold(pool, panel, "scienceworld")]
         judge = annotate.rules("scienceworld").judge
-        stumbled = list(scripted.play_stumbling(pool, gold, "scienceworld", 0, judge, chance=0.6))
+        stumbled = list(scripted.play_stumbling(pool, gold, "scienceworld", 0, judge, 0.8, 0.5))
     assert sorted(e.task for e in stumbled) == sorted(e.task for e in gold)
-    tries = 0
+    tries = slips = 0
     for e in stumbled:
         (path,) = [g for g in gold if g.task == e.task]
         e = annotate.fill_in(e, [(s.subtask, s.start, s.end) for s in e.segments])
-        refused = [s for s in e.segments if e.obs_after(s.end - 1).startswith(NOT_UNDERSTOOD)]
-        left = [t.action for s in e.segments if s not in refused for t in e.turns[s.start : s.end]]
-        assert e.success and left == [t.action for t in path.turns], "without its tries it is the gold path"
-        assert not any(e.turns[s.end - 1].verified_done for s in refused)
-        tries += len(refused)
-        plans = [t for t in train_sft.hindsight(e, "progress") if t.level == "planner"]
+        failed = [s for s in e.segments if not e.turns[s.end - 1].verified_done]
+        assert all(s.end == s.start + 1 and refused(e.obs_after(s.start)) for s in failed)
+        vain = {t for t in range(len(e.turns)) if refused(e.obs_after(t))}
+        assert e.success and [t.action for i, t in enumerate(e.turns) if i not in vain] == [
+            t.action for t in path.turns
+        ], "without its slips it is the gold path"
+        learned = train_sft.hindsight(e, "progress")
+        plans = [t for t in learned if t.level == "planner"]
         assert [t.completion for t in plans] == [" " + s.subtask for s in path.segments], "no try is imitated"
-        failed = [t for t in plans if "not understood" in t.prompt]
-        assert len(failed) == sum(a in refused and b not in refused for a, b in pairwise(e.segments))
-        assert {t.level for t in train_sft.hindsight(e, "progress")} == {"planner", "progress"}
-    assert tries > 3
+        after = [t for t in plans if refused(e.turns[t.turn].obs)]
+        assert len(after) == sum(a in failed and b not in failed for a, b in pairwise(e.segments))
+        acts = {t.turn for t in learned if t.level == "executor"}
+        assert acts == {t + 1 for t in vain if t + 1 not in vain}, "what the expert does after a refusal"
+        tries += len(failed)
+        slips += len(vain) - len(failed)
+    assert tries > 1 < slips
 
 
 def test_a_connection_that_is_made_again_is_a_stumble():
@@ -179,9 +194,11 @@ def test_a_connection_that_is_made_again_is_a_stumble():
             for e in scripted.play_gold(pool, [("test-conductivity", 477)], "scienceworld")
         ]
         judge = annotate.rules("scienceworld").judge
-        (e,) = scripted.play_stumbling(pool, gold, "scienceworld", 0, judge, chance=0.6)
-    again = [s for s in e.segments if "is already connected" in e.obs_after(s.end - 1)]
-    assert again and not any(judge(s.subtask, e.obs_after(s.end - 1)) for s in again) and e.success
+        found = [
+            e for seed in range(4) for e in scripted.play_stumbling(pool, gold, "scienceworld", seed, judge)
+        ]
+    again = [(e, t) for e in found for t in range(len(e.turns)) if "is already connected" in e.obs_after(t)]
+    assert again and all(e.success and not e.turns[t].verified_done for e, t in again)
 
 
 def test_a_try_that_the_world_understands_is_taken_out_and_the_path_played_again():
@@ -205,7 +222,7 @@ def test_a_try_that_the_world_understands_is_taken_out_and_the_path_played_again
             return StepResult(f"{said}\n\n{self.here}\n\n", "d", 0.0, 0.0, fine and won, False, fine and won)
 
     pool = Pool()
-    (e,) = scripted.play_stumbling(pool, [path_of_three()], "scienceworld", 0, lambda *_: False, chance=0.9)
+    (e,) = scripted.play_stumbling(pool, [path_of_three()], "scienceworld", 0, lambda *_: False, tries=0.9)
     assert pool.rounds > 1 and e.success
     names = [s.subtask for s in e.segments]
     assert (
