@@ -218,8 +218,8 @@ def transitions(
     sampled = {(d.level, d.turn): d for d in episode.decisions}
     result = []
 
-    def add(level, turn, prompt, completion, next_level=None, resampled=False, **fields):
-        decision = None if resampled else sampled.get((level, turn))
+    def add(level, turn, prompt, completion, next_level=None, relabelled=False, **fields):
+        decision = None if relabelled else sampled.get((level, turn))
         ids, logprobs = (decision.ids, decision.logprobs) if decision else ([], [])
         result.append(
             Transition(
@@ -261,7 +261,7 @@ def transitions(
             answer = turn.raw_text
             if relabel or not answer:  # STEP-HRL's code makes every segment end with a claim
                 answer = prompts.executor_answer(turn.action, final if relabel else turn.claimed_done)
-            add("executor", t, prompt, answer, next_prompt=next_prompt, resampled=relabel, **outcome)
+            add("executor", t, prompt, answer, next_prompt=next_prompt, relabelled=relabel, **outcome)
             if history == "progress" and not turn.terminated:
                 prompt = progress_prompt(segment.subtask, turn.progress, turn.action, next_obs)
                 last_update = not final and episode.turns[t + 1].terminated  # the world ends before another

@@ -194,26 +194,26 @@ class Curious(Player):
 
     def __init__(self, *args, epsilon: float, plans: list[str], **fields):
         super().__init__(*args, **fields)
-        self.epsilon, self.first, self.other = epsilon, "", False
+        self.epsilon, self.word, self.other = epsilon, "", False
         self.plans = {}  # by first word
         for plan in plans:
             self.plans.setdefault(plan.split()[0], []).append(plan)
 
     def request(self) -> Request:
         """As Player; another first word stands at the end of the prompt."""
-        request, self.first, self.other = super().request(), "", False
+        request, self.word, self.other = super().request(), "", False
         self.rng = random.Random(request.seed)
         if request.role == "planner" and self.rng.random() < self.epsilon:
             self.other = self.rng.random() < 0.5
-            self.first = "" if self.other else " " + self.rng.choice(sorted(self.plans))
-        return replace(request, prompt=request.prompt + self.first)
+            self.word = "" if self.other else " " + self.rng.choice(sorted(self.plans))
+        return replace(request, prompt=request.prompt + self.word)
 
     def receive(self, answer: Answer, counts: Counts) -> str | None:
         """As Player; the first word belongs to the answer, and another plan stands for it."""
         same = self.plans.get(answer.text.split()[0]) if self.other and answer.text.strip() else None
         if same:
             answer = _said(answer, " " + self.rng.choice(same))
-        return super().receive(_said(answer, self.first + answer.text) if self.first else answer, counts)
+        return super().receive(_said(answer, self.word + answer.text) if self.word else answer, counts)
 
 
 def _said(answer: Answer, text: str) -> Answer:

@@ -136,7 +136,7 @@ def traces(
             asked = [TurnRequest("executor", p.turns[t].prompt, 0, 0, p.turns[t - 1].goal) for t in other]
             v["keep"] = v["low"].index_copy(0, torch.tensor(other), read(policy.look(asked))["low"])
         switched = torch.tensor([turn.switched for turn in p.turns])
-        word = torch.tensor([turn.logp_of(SWITCH) for turn in p.turns]).exp()  # pi(the word that was said)
+        word = torch.tensor([turn.logp_of(SWITCH) for turn in p.turns]).exp()  # pi(what was said)
         found.append(
             Trace(
                 rewards(p, config), switched, torch.where(switched, word, 1 - word), p.now.terminated,

@@ -82,7 +82,7 @@ def renamed(t: Transition, names: list[str], words: list[str], rng: random.Rando
     new = new_names([name for name in names if re.search(rf"\b{re.escape(name)}\b", t.prompt)], words, rng)
     prompt, completion = rename(t.prompt, new), rename(t.completion, new)
     before, after, said = (set(re.findall("[a-z]+", text)) for text in (t.prompt, prompt, completion))
-    if said & before - after:
+    if said & (before - after):
         return t
     follows = t.follows and replace(t.follows, completion=rename(t.follows.completion, new))
     then = {"next_prompt": rename(t.next_prompt, new), "follows": follows}

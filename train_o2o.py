@@ -123,7 +123,8 @@ def trained(decisions: list[Transition], config: Config) -> list[Transition]:
 def without_poor_tries(online: list[Transition]) -> list[Transition]:
     """Online decisions without what exploration said and returned less than the planner's own on average.
 
-    AWR imitates all that it is shown, and would learn to explore. What no policy sampled has no ids.
+    AWR imitates all that it is shown, and would learn to explore. What no policy sampled has no ids; what was
+    cut off has no return (nan) and stays.
     """
     own = [t.mc_return for t in online if t.level == "planner" and t.completion_ids]
     usual = fmean([found for found in own if math.isfinite(found)] or [0.0])
