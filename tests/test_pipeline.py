@@ -42,7 +42,7 @@ FIELDS = {
     "benchmark", "panel", "split", "agent", "stage", "checkpoint", "seeds", "max_steps", "episodes",
     "macro_mean", "ci95", "success_rate", "success_ci95", "per_type", "tokens_per_decision",
     "limit", "tokens_per_step", "mean_steps", "parse_failure_rate", "subtasks", "max_actions", "scores",
-    "minutes", "command", "commit", "versions", "hardware",
+    "guide", "candidates", "minutes", "command", "commit", "versions", "hardware",
 }  # fmt: skip
 
 
