@@ -126,7 +126,11 @@ def refuse_old_labels(kept: list[Episode], config: Config) -> None:
     """Going on with a file that the rules would label otherwise today would mix two kinds of data."""
     label = {"gold": annotate.annotate, "practice": annotate.practised}.get(config.source)
     some = {e.task: e for e in kept}.values()  # one of each type
-    if label and not config.teacher_url and any(label(e).segments != e.segments for e in some):
+    old = label and not config.teacher_url and any(label(e).segments != e.segments for e in some)
+    if config.source == "stumble":
+        names = {(e.task, e.variation): {s.subtask for s in e.segments} for e in read_episodes(config.gold)}
+        old = any({s.subtask for s in e.segments} - names.get((e.task, e.variation), set()) for e in kept)
+    if old:
         raise ValueError(f"{config.out} was labelled by other rules: choose another --out, or delete it")
 
 

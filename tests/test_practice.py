@@ -10,7 +10,7 @@ import annotate
 import collect
 import scripted
 import train_sft
-from data import Episode, Segment, Transition, Turn, read_episodes
+from data import Episode, Segment, Transition, Turn, read_episodes, write_episodes
 from envs import OBS_SEPARATOR, EnvPool, StepResult, read_panel
 from prompts import NOT_UNDERSTOOD, refused, split_obs
 from renaming import vocabulary
@@ -241,6 +241,10 @@ def test_stumbles_are_collected_as_annotated_successes(tmp_path):
     episodes = read_episodes(file)
     assert episodes and all(e.success and e.segments and e.source.startswith("stumble") for e in episodes)
     assert all(t.progress for e in episodes for t in e.turns)
+    episodes[0].segments[0].subtask = "stroll"
+    write_episodes(file, episodes)
+    with pytest.raises(ValueError, match="labelled by other rules"):
+        collect.main(collect.Config(file, "stumble", gold=gold, **common))
 
 
 def test_the_words_of_new_names_are_pieces_that_begin_a_word_and_words_put_together():
