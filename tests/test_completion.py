@@ -86,10 +86,10 @@ def test_rejudging_by_the_same_rules_changes_nothing_and_a_lie_is_no_honest_labe
 
 
 def test_agreement_is_the_share_of_actions_with_the_same_verdict():
-    episode = annotate(small_episode())  # verified after 3 of 6 actions
+    episode = annotate(small_episode())  # verified after 4 of 6 actions
     assert agreement([episode], judge) == 1 and agreement([episode], noisy(judge, 1.0)) == 0
-    assert agreement([episode, rejudge(episode, lambda *_: True)], judge) == pytest.approx(9 / 12)
-    assert agreement([episode], lambda *_: 0) == 0.5
+    assert agreement([episode, rejudge(episode, lambda *_: True)], judge) == pytest.approx(10 / 12)
+    assert agreement([episode], lambda *_: 0) == pytest.approx(2 / 6)
     assert math.isnan(agreement([], judge)) and math.isnan(agreement([make_episode([], segments=())], judge))
 
 
