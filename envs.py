@@ -119,7 +119,7 @@ class EnvPool:
     """
 
     def __init__(self, env: str, size: int, workers: int = 1, max_steps: int = 50):
-        self.size, self.workers = size, min(workers, size)
+        self.size, self.workers, self.max_steps = size, min(workers, size), max_steps
         self.world = make_world(env, max_steps) if workers == 0 else None
         self.pipes, self.processes = [], []
         context = mp.get_context("spawn")

@@ -131,7 +131,7 @@ KINDS = [
     (r"(?:wait1\n)+(?:look around\n|$)", "wait and look around", "is called ", ""),
     (rf"{_SELF}wait1?\n", "wait", "You decide to wait", ""),
     (rf"examine {X}\nuse thermometer.+\nwait1?\n", "cool the {x}", "You decide to wait", ""),
-    (rf"(?:examine {X}\n(?:use thermometer.+\n|$)|use thermometer in inventory on {Y}\n)",
+    (rf"(?:examine {X}\n(?:use thermometer.+\n|$)|use thermometer(?: in inventory)? on {Y}\n)",
         "measure the temperature of the {x}", "measures a temperature of", ""),
     (rf"{_SELF}use shovel.*\npick up {X}\n", "dig up the {x}", "the {x} to the inventory", "inventory {x}"),
     (rf"move {X} to sink\nactivate sink(?: BROKEN\n|\ndeactivate sink\npick up .+\n)",

@@ -16,7 +16,7 @@ from hierarchy import episode_seed
 from scienceworld_rules import DISTANCE, room_of
 
 # Exploration: template -> weight; A is a thing in view, I a thing held. A wrong `focus on` ends the episode,
-# so it is never explored.
+# so that only practice makes one, seldom.
 TEMPLATES = {
     "go": 8, "look around": 2, "pick up A": 6, "put down I": 1, "open A": 3, "close A": 1, "activate A": 3,
     "deactivate A": 2, "look at A": 2, "look in A": 2, "examine A": 2, "move I to A": 3, "move A to A": 1,
@@ -101,8 +101,9 @@ def play_gold(pool: EnvPool, panel: list, env: str, expert: str = "gold") -> Ite
             left.pop(0)
         if not left or len(episode.turns) >= len(path):  # no way is longer, unless a door does not open
             return None
-        if not left[0].startswith("go to "):  # of all things the paths name only this one in short
-            return re.sub(r"(?<!electric )\bbuzzer$", "electric buzzer", left.pop(0))
+        if not left[0].startswith("go to "):  # the paths name what is held at length, and only this in short
+            action = left.pop(0).replace(" in inventory", "")
+            return re.sub(r"(?<!electric )\bbuzzer$", "electric buzzer", action)
         ways, goal = doors(now.obs), left[0].removeprefix("go to ")
         room = min(ways, key=lambda room: DISTANCE.get((room, goal), 9), default=goal)
         return f"go to {room}" if ways.get(room) == "open" else f"open door to {room}"
@@ -243,7 +244,8 @@ def play_explore(pool: EnvPool, panel: list, env: str, seed: int, practice=False
     """Random actions on things in view: text about the world without any gold action.
 
     practice: who opened a door mostly goes through it, who went through one often goes on to the next room,
-    and who opened something else mostly takes what it held.
+    and who opened something else mostly takes what it held; a question of the world's is answered, and what
+    ends most episodes is a focus.
     """
     source = f"{'practice' if practice else 'explore'}-{seed}"
     if env.startswith("alfworld"):
@@ -256,6 +258,10 @@ def play_explore(pool: EnvPool, panel: list, env: str, seed: int, practice=False
         _, room, inventory = prompts.split_obs(now.obs)
         held = visible_names(inventory)
         names = visible_names(room) + held or ["air"]
+        if practice and now.obs.startswith("Ambiguous"):
+            return "0"
+        if practice and len(episode.turns) > 0.75 * pool.max_steps and rng.random() < 0.3:
+            return f"focus on {rng.choice(names)}"
         template = rng.choices(list(TEMPLATES), list(TEMPLATES.values()))[0]
         ways = list(doors(now.obs).items())
         if practice and episode.turns and rng.random() < 0.6:

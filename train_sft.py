@@ -68,9 +68,9 @@ def hindsight(episode: Episode, history: str) -> list[Transition]:
     """What practice teaches: exploration how to do things, stumbles what to do next, both to report failures.
 
     Whatever was done is a good example of how to do just that (HER, arXiv:1707.01495), if room or inventory
-    changed by it: else a subtask would seem done where one stands. From a gold path with slips the planner
-    learns what the expert goes on with, the executor what it does after a refusal, and neither the slips. A
-    progress policy that saw successes alone would report them always.
+    changed by it, which only a focus need not: else a subtask would seem done where one stands. From a gold
+    path with slips the planner learns what the expert goes on with, the executor what it does after a
+    refusal, and neither the slips. A progress policy that saw successes alone would report them always.
     """
     if episode.source.startswith("stumble"):
         done = [s for s in episode.segments if episode.turns[s.end - 1].verified_done]
@@ -85,7 +85,8 @@ def hindsight(episode: Episode, history: str) -> list[Transition]:
         before, after = (
             prompts.split_obs(obs)[1:] for obs in (episode.turns[s.start].obs, episode.obs_after(s.end - 1))
         )
-        if episode.turns[s.end - 1].verified_done and before != after:
+        changed = before != after or s.subtask.startswith("focus on ")
+        if episode.turns[s.end - 1].verified_done and changed:
             kept |= set(range(s.start, s.end))
     found = transitions(episode, history)
     return [t for t in found if t.level == "progress" or (t.level == "executor" and t.turn in kept)]
@@ -95,17 +96,20 @@ def by_level_and_task(decisions: list[Transition], shares: tuple[float, float, f
     """Pools and ratios for a Mixture: levels at `shares`, and within a level every task type alike.
 
     GLIDER too resamples every type to as many episodes; else types with few variations are hardly seen.
-    Exploration, which solves no task, is one more type; stumbles belong to the type whose path they are in.
+    Exploration, which solves no task, is drawn as often as all types together, or what holds in a few tasks
+    alone would be learned as the rule; stumbles belong to the type whose path they are in.
     """
     pools = {}
     for decision in decisions:
         explored = decision.source.startswith("practice")
         task = "practice" if explored else decision.episode_id.split("/")[1]
         pools.setdefault(f"{decision.level}/{task}", []).append(decision)
-    types = Counter(name.split("/")[0] for name in pools)
-    return pools, {
-        name: shares[LEVELS.index(level)] / types[level] for name in pools for level in [name.split("/")[0]]
-    }
+    ratios = {}
+    for level, share in zip(LEVELS, shares, strict=True):
+        own = [name for name in pools if name.startswith(f"{level}/")]
+        parts = {name: max(1, len(own) - 1) if name.endswith("/practice") else 1 for name in own}
+        ratios |= {name: share * part / sum(parts.values()) for name, part in parts.items()}
+    return pools, ratios
 
 
 def sft_loss(policy, batch, count: int, precision: str) -> torch.Tensor:

@@ -15,13 +15,13 @@ from envs import OBS_SEPARATOR, EnvPool, StepResult, read_panel
 from prompts import NOT_UNDERSTOOD, refused, split_obs
 from renaming import vocabulary
 
-PANEL = [("find-animal", 0), ("find-plant", 0)]
+PANEL = [(task, variation) for task in ("find-animal", "find-plant") for variation in range(4)]
 
 
 @pytest.fixture(scope="module")
 def played() -> dict[bool, list[Episode]]:
     """The same episodes, explored and practised, in the real simulator."""
-    with EnvPool("scienceworld", 2, workers=1, max_steps=40) as pool:
+    with EnvPool("scienceworld", 8, workers=1, max_steps=40) as pool:
         return {
             practice: list(scripted.play_explore(pool, PANEL, "scienceworld", 0, practice))
             for practice in (False, True)
@@ -31,13 +31,21 @@ def played() -> dict[bool, list[Episode]]:
 def test_who_practises_goes_through_the_doors_it_opens_and_on(played):
     def walks(episodes):
         actions = [t.action for e in episodes for t in e.turns]
-        return sum(a.startswith("go to ") for a in actions), re.findall(
+        return sum(a.startswith("go to ") for a in actions) / len(actions), re.findall(
             r"open door to ([\w ]+)\ngo to \1\n", "\n".join(actions) + "\n"
         )
 
     moves, through = walks(played[False])
     more_moves, more_through = walks(played[True])
     assert more_moves > moves and len(more_through) > 2 * len(through)
+
+
+def test_who_practises_answers_the_worlds_question_and_focuses_at_the_end(played):
+    for practice, episodes in played.items():
+        asked = [(e, i) for e in episodes for i, t in enumerate(e.turns) if t.obs.startswith("Ambiguous")]
+        focused = [i for e in episodes for i, t in enumerate(e.turns) if t.action.startswith("focus on ")]
+        assert asked and all((e.turns[i].action == "0") == practice for e, i in asked)
+        assert bool(focused) == practice and all(i > 30 for i in focused)
 
 
 def test_hindsight_keeps_what_was_verified_and_no_plans(played):
@@ -48,7 +56,8 @@ def test_hindsight_keeps_what_was_verified_and_no_plans(played):
     done = [(e, s) for e, s in segments if e.turns[s.end - 1].verified_done]
     changed = [
         (e, s) for e, s in done
-        if split_obs(e.turns[s.start].obs)[1:] != split_obs(e.obs_after(s.end - 1))[1:]
+        if s.subtask.startswith("focus on ")
+        or split_obs(e.turns[s.start].obs)[1:] != split_obs(e.obs_after(s.end - 1))[1:]
     ]  # fmt: skip
     assert 0 < len(changed) < len(done) < len(segments)
     assert sum(t.level == "executor" for t in found) == sum(s.end - s.start for _, s in changed)
@@ -81,7 +90,7 @@ def test_hindsight_by_hand():
     assert {t.level for t in found} == {"executor", "progress"}
 
 
-def test_exploration_is_drawn_as_one_more_task_type_and_stumbles_with_their_own():
+def test_exploration_is_drawn_as_often_as_all_task_types_and_stumbles_with_their_own():
     def decision(level, task, source="expert"):
         return Transition(
             level, "p", " a", [], [], 0.0, 1, True, False, "", level, source, f"{source}/{task}/0", 0
@@ -93,9 +102,9 @@ def test_exploration_is_drawn_as_one_more_task_type_and_stumbles_with_their_own(
         decision(level, task, "practice-0") for level in ("executor", "progress") for task in ("a", "c")
     ]
     pools, ratio = train_sft.by_level_and_task(found, (2.0, 2.0, 1.0))
-    third = {f"{level}/{task}": share / 3 for level, share in (("executor", 2.0), ("progress", 1.0))
-             for task in ("a", "b", "practice")}  # fmt: skip
-    assert ratio == pytest.approx({"planner/a": 1.0, "planner/b": 1.0} | third)
+    parts = {f"{level}/{task}": share * part for level, share in (("executor", 2.0), ("progress", 1.0))
+             for task, part in (("a", 1 / 4), ("b", 1 / 4), ("practice", 1 / 2))}  # fmt: skip
+    assert ratio == pytest.approx({"planner/a": 1.0, "planner/b": 1.0} | parts)
     assert {name: len(pool) for name, pool in pools.items() if len(pool) > 1} == {
         "planner/a": 2, "progress/b": 2, "executor/practice": 2, "progress/practice": 2
     }  # fmt: skip
@@ -270,10 +279,13 @@ def test_a_walk_is_its_last_step_and_other_doors_stay():
     assert scripted.without_detours(path) == kept
 
 
-def test_gold_names_the_buzzer_whole():
-    panel = [("test-conductivity", 495)]
+def test_gold_names_the_buzzer_whole_and_what_is_held_in_short():
+    panel = [("test-conductivity", 495), ("use-thermometer", 0)]
     with EnvPool("scienceworld", 1, workers=1, max_steps=10**6) as pool:
-        (path,) = scripted.play_gold(pool, panel, "scienceworld")
+        path, measured = scripted.play_gold(pool, panel, "scienceworld")
+        theirs = pool.call({0: ("gold_path", *panel[1])})[0]
+    assert sum(" in inventory" in action for action in theirs) > 1
+    assert measured.success and not any(" in inventory" in t.action for t in measured.turns)
     assert path.success and path.turns[-1].action.startswith("move paper clip")
     assert [t.action.split(" in ")[1] for t in path.turns if " in " in t.action] == ["electric buzzer"] * 2
 
