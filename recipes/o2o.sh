@@ -4,7 +4,7 @@
 #   recipes/o2o.sh find-animal "0 1 2" "glider awac ac"     # or boil, test-conductivity; then
 #   python recipes/curves.py --folder results/online/find-animal --arms glider awac ac --out results/o2o_find-animal
 # glider: only the planner learns online, by the returns that followed; glider_q: by Q as GLIDER's eq. 7. oracle: no learning, an expert at one level. replay, nothing: what is frozen instead (train_o2o.py --frozen).
-# awac, ac: flat agents, the same update, no exploration. The seeds of an arm are those of its online stage: they share one start.
+# awac, ac: flat agents, all of whose weights learn, no exploration; awac has the same update, ac is on-policy. The seeds of an arm are those of its online stage: they share one start.
 # `heat` is ALFWorld, official games: the offline data lack the verb, the base has read it ($ALFWORLD_DATA).
 # Resumable: what is done is skipped. The evaluations of a finished run are kept in results/online/<type>/<arm>/seed<k>/, those made here
 # so far are in the repository: remove one to run it again.
@@ -24,6 +24,7 @@ critic="--credit.limit end --rl.expectile 0.5 --rl.gamma 0.95 --rl.critic-lr 1e-
 update="$critic --rl.temperature 0.05 --rl.actor-lr 5e-4 --batch-size 16 --updates 4 --online-share 2"
 planner="--temperature 0.5 --planning-ratio 1.4 --explore 0.2 --give-up ${give_up[$type]:-6}" returns="--rl.advantage return"
 flat="--frozen nothing --temperature 0.7 $returns"
+ac="--rl.actor signed_advantage --offline-share 0 --buffer 16 --updates 2 --batch-size 32 --rl.actor-lr 3e-5"  # on-policy: it bears no more
 
 start() { # folder, flags of SFT: to the checkpoint that goes online
   [ ! -f "$out/$1/orl/policy.json" ] || return 0
@@ -68,7 +69,7 @@ for seed in $seeds; do
       glider_q) online planner glider_q "$seed" "$planner" "" ;;
       replay | nothing) online planner "$arm" "$seed" "$planner $returns --frozen $arm" "" ;;
       awac) online flat awac "$seed" "$flat" --flat ;;
-      ac) online flat ac "$seed" "$flat --rl.actor signed_advantage --offline-share 0" --flat ;;
+      ac) online flat ac "$seed" "$flat $ac" --flat ;;
     esac
   done
 done
