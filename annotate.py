@@ -8,6 +8,7 @@ how good the labels are (labels.py).
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Protocol
 
 import alfworld_rules
@@ -95,9 +96,16 @@ def annotate(episode: Episode, teacher: Teacher | None = None) -> Episode:
 
 
 def practised(episode: Episode) -> Episode:
-    """Exploration, annotated in hindsight: a subtask may name what was found by doing it."""
-    found = " ".join(turn.obs for turn in episode.turns)
-    return fill_in(episode, groups_of(episode, f"{episode.description} {found}"))
+    """Exploration, annotated in hindsight: a subtask may name what was found by doing it.
+
+    What the world asks back ends a subtask, which is then given again: who claims to be done with an action
+    does not know yet that it will be asked.
+    """
+    found, groups = " ".join(turn.obs for turn in episode.turns), []
+    for subtask, start, end in groups_of(episode, f"{episode.description} {found}"):
+        answers = [i for i in range(start + 1, end) if episode.turns[i].obs.startswith("Ambiguous")]
+        groups += [(subtask, *turns) for turns in pairwise([start, *answers, end])]
+    return fill_in(episode, groups)
 
 
 def groups_of(episode: Episode, known: str) -> list[Group]:

@@ -74,12 +74,21 @@ def doors(obs: str) -> dict[str, str]:
 
 
 def without_detours(path: list[str]) -> list[str]:
-    """Every walk as its last "go to": ScienceWorld's gold paths stroll through rooms before the right one."""
-    kept = []
+    """Every walk as its last "go to", and one look around a room: ScienceWorld's gold paths stroll and stare.
+
+    They stroll through rooms before the right one, and look twice at what every observation shows. A look
+    after a wait stays: it is to see what the time has done.
+    """
+    kept, looked = [], False
     for action in path:
         if action.startswith("go to "):
+            looked = False
             while kept and kept[-1].startswith(("go to ", "open door to ")):
                 kept.pop()
+        if action == "look around":
+            if looked and not kept[-1].startswith("wait"):
+                continue
+            looked = True
         kept.append(action)
     return kept
 

@@ -13,7 +13,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 type=$1 seeds=${2:-"0 1 2"} arms=${3:-"glider awac ac"} online=${4:---env-steps 10000}
 out=out/o2o/$type base=base/held_out python=.venv/bin/python threads="--threads ${THREADS:-2}" env=""
-declare -A sft=([find-animal]="--epochs 1.5" [boil]="--epochs 8 --lr 2e-3" [test-conductivity]="--epochs 12 --lr 2e-3" [heat]="--epochs 5")
+declare -A sft=([find-animal]="--epochs 1.5" [boil]="--epochs 6 --lr 2e-3" [test-conductivity]="--epochs 12 --lr 2e-3" [heat]="--epochs 5")
 declare -A rename=([test-conductivity]=1 [boil]=1)  # their families know few substances: other names always, in RL too
 declare -A give_up=([boil]=12)  # its expert measures the temperature ten times
 practice="--practice out/o2o/practice.jsonl $out/stumbles.jsonl"

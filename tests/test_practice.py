@@ -46,6 +46,11 @@ def test_who_practises_answers_the_worlds_question_and_focuses_at_the_end(played
         focused = [i for e in episodes for i, t in enumerate(e.turns) if t.action.startswith("focus on ")]
         assert asked and all((e.turns[i].action == "0") == practice for e, i in asked)
         assert bool(focused) == practice and all(i > 30 for i in focused)
+    answers = [
+        t for e in map(annotate.practised, played[True]) for t in train_sft.hindsight(e, "progress")
+        if t.level == "executor" and t.completion.startswith(" 0")
+    ]  # fmt: skip
+    assert answers and all("Progress: None\nObservation: Ambiguous" in t.prompt for t in answers)
 
 
 def test_hindsight_keeps_what_was_verified_and_no_plans(played):
@@ -276,6 +281,12 @@ def test_a_walk_is_its_last_step_and_other_doors_stay():
         "open door to outside", "go to outside", "open bee hive", "open door to foundry",
     ]  # fmt: skip
     kept = ["go to kitchen", "pick up cup", "go to outside", "open bee hive", "open door to foundry"]
+    assert scripted.without_detours(path) == kept
+
+
+def test_a_room_is_looked_at_once_unless_time_passed():
+    path = ["look around", "pick up cup", "look around", "go to den", "look around", "wait1", "look around"]
+    kept = ["look around", "pick up cup", "go to den", "look around", "wait1", "look around"]
     assert scripted.without_detours(path) == kept
 
 
