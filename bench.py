@@ -226,7 +226,12 @@ def logprob_steps(config: Config, device: str, shape: str, kind: str) -> tuple[d
 
 # --- update: from the forwards of the papers' code to ours, one change at a time ----------------------------
 RUNGS = ["0 papers' code", "1 shared forward", "2 response rows", "3 fused log-prob"]  # each adds one change
-RUNGS += ["4 length buckets", "5 bf16 autocast", "6 frozen features"]  # frozen features: another reading
+RUNGS += [
+    "4 length buckets",
+    "5 bf16 autocast",
+    "6 frozen features",
+    "7 frozen, compiled",
+]  # 6: another reading
 
 
 def all_positions(hidden, weight, input_ids, action_mask, *_, **__) -> tuple[Tensor, Tensor]:
@@ -262,8 +267,9 @@ def update_steps(config: Config, device: str, _: str) -> tuple[dict, None]:
 
     def prepared(rung: int) -> tuple[Learner, list]:
         policy, critics = random_policy(config, device, config.vocab), Critics(config.hidden).to(device)
-        hidden_fn = partial(hidden_states, precision="fp32" if rung < 5 else "bf16") if rung else whole_lm
-        learner = Learner(policy, critics, hidden_fn, RLConfig(features="frozen" if rung == 6 else "adapted"))
+        options = {"precision": "fp32" if rung < 5 else "bf16", "compile": rung == 7}
+        hidden_fn = partial(hidden_states, **options) if rung else whole_lm
+        learner = Learner(policy, critics, hidden_fn, RLConfig(features="frozen" if rung >= 6 else "adapted"))
         if rung == 0:  # without the actor's hidden states, V and Q have a forward of their own
             learner._features = lambda batch, _: Learner._features(learner, batch)
         groups = [decisions[i : i + 8] for i in range(0, len(decisions), 8)]

@@ -8,6 +8,8 @@ prompt (prompts.py), sample (acting.py).
 import functools
 import hashlib
 import json
+import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from accelerate.utils import compile_regions
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
@@ -147,15 +150,32 @@ def lm_of(model):
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def hidden_states(model, input_ids: Tensor, level: Tensor | None = None, precision: str = "fp32", **inputs):
+@functools.lru_cache(maxsize=1)
+def compiled(trunk):
+    """The trunk with its layers compiled, for rows of any number and length; `trunk` itself stays as it is.
+
+    Same weights, same adapters. The first forwards take a minute or two, of which later runs find most done.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if next(trunk.parameters()).device.type == "cpu" and not shutil.which(compiler):
+        raise ValueError(f"no C++ compiler {compiler}: install one (apt install g++), or leave out --compile")
+    torch._dynamo.config.recompile_limit = 64  # anew for each adapter, and without gradient
+    return compile_regions(trunk, dynamic=True)
+
+
+def hidden_states(
+    model, input_ids: Tensor, level: Tensor | None = None, precision="fp32", compile=False, **inputs
+):
     """Final-layer normed hidden states (B, T, D) of right-padded ids (B, T).
 
     level (B,) picks among separate adapters. Right padding follows every real token and attention is causal,
     so no mask is needed and the fast kernel is used; `inputs` (B, ...) are for packed rows (candidates.py).
     precision="bf16" runs the matrix products in bfloat16; the result is in the dtype of the head.
+    compile=True runs compiled layers.
     """
     lm = lm_of(model)
     trunk, dtype = getattr(lm, lm.base_model_prefix), lm.get_output_embeddings().weight.dtype
+    trunk = compiled(trunk) if compile else trunk
     with torch.autocast(
         input_ids.device.type, torch.bfloat16, enabled=precision == "bf16" and dtype == torch.float32
     ):

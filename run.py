@@ -142,7 +142,7 @@ class Run:
     def _same_config(self, saved: dict) -> None:
         """Going on with other settings would mix two runs."""
         ours = json.loads(json.dumps(dataclasses.asdict(self.config), default=str))
-        free = {"resume", "threads", "device"}
+        free = {"resume", "threads", "device", "compile"}
         if changed := [k for k in ours if k not in free and saved.get(k) != ours[k]]:
             was = ", ".join(f"{k}={saved.get(k)!r}" for k in changed)
             raise ValueError(

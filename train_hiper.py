@@ -50,6 +50,7 @@ class Config:
     dev_steps: int = 50  # and of evaluation
     tokens_per_forward: int = 4096  # padded tokens of a micro-batch
     precision: Literal["bf16", "fp32"] = "bf16"  # of matrix products, in play too; weights stay fp32 on CPU
+    compile: bool = False  # compiled layers, faster after a minute or two; on CPU needs a C++ compiler
     eval_every: int = 1000  # episodes between evaluations
     slots: int = 64  # episodes played at once
     workers: int = 0  # simulator processes; 0 is right for ALFWorld, ScienceWorld is faster with 2
@@ -88,7 +89,7 @@ def main(config: Config) -> None:
     values = Values(lm_of(policy).config.hidden_size).to(device)
     actor = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=config.rl.lr)
     critic = torch.optim.AdamW(values.parameters(), lr=config.rl.value_lr)
-    hidden_fn = functools.partial(hidden_states, precision=config.precision)
+    hidden_fn = functools.partial(hidden_states, precision=config.precision, compile=config.compile)
     played, iteration, evals = 0, 0, []
     if state := run.load_state():
         policy.load_state_dict(state["policy"], strict=False)

@@ -76,6 +76,7 @@ class Config:
     batch_size: int = 64  # decisions per step
     tokens_per_forward: int = 4096  # padded tokens of a micro-batch
     precision: Literal["bf16", "fp32"] = "bf16"  # of matrix products, in play too; weights stay fp32 on CPU
+    compile: bool = False  # compiled layers, faster after a minute or two; on CPU needs a C++ compiler
     temperature: float = 1.0  # of the executor
     planning_ratio: float = 0.7  # planner and progress sample at so much of it
     max_steps: int = 50  # environment steps per episode
@@ -166,7 +167,8 @@ def main(config: Config) -> None:
         train_only(policy, "planner")
     elif config.frozen == "replay":
         rl = replace(config.rl, rl_levels="planner")
-    learner = Learner(policy, critics, functools.partial(hidden_states, precision=config.precision), rl)
+    hidden_fn = functools.partial(hidden_states, precision=config.precision, compile=config.compile)
+    learner = Learner(policy, critics, hidden_fn, rl)
     played_file, steps, round_, updates, evals = config.out / "online.jsonl", 0, 0, 0, []
     if state := run.load_state():
         policy.load_state_dict(state["policy"], strict=False)

@@ -47,6 +47,7 @@ class Config:
     batch_size: int = 64  # decisions per step
     tokens_per_forward: int = 4096  # padded tokens of a micro-batch
     precision: Literal["bf16", "fp32"] = "bf16"  # of the matrix products; weights stay fp32 on CPU
+    compile: bool = False  # compiled layers, faster after a minute or two; on CPU needs a C++ compiler
     gradient_checkpointing: bool = False  # less memory, more time
     save_every: int = 50  # steps between states for --resume
     seed: int = 0
@@ -103,9 +104,8 @@ def main(config: Config) -> None:
     if run.writes:
         print({name: len(pool) for name, pool in pools.items()})
     critics = Critics(lm_of(policy).config.hidden_size).to(device)
-    learner = Learner(
-        policy, critics, functools.partial(hidden_states, precision=config.precision), config.rl
-    )
+    hidden_fn = functools.partial(hidden_states, precision=config.precision, compile=config.compile)
+    learner = Learner(policy, critics, hidden_fn, config.rl)
     start = 0
     if state := run.load_state():
         policy.load_state_dict(state["policy"], strict=False)

@@ -5,6 +5,7 @@ L_SFT = -E_D[(1/n) sum_i log pi(w_i | s, w_<i)]  (GLIDER, arXiv:2505.19761, eq. 
     python train_sft.py --data out/mine/gold.jsonl --out out/mine/sft
 """
 
+import functools
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -56,6 +57,7 @@ class Config:
     lr: float = 3e-3  # peak AdamW step size, decayed linearly to a tenth (papers: 1e-4 for 7-8B)
     tokens_per_forward: int = 4096  # padded tokens of a micro-batch
     precision: Literal["bf16", "fp32"] = "bf16"  # of the matrix products; weights stay fp32 on CPU
+    compile: bool = False  # compiled layers, faster after a minute or two; on CPU needs a C++ compiler
     gradient_checkpointing: bool = False  # less memory, more time
     save_every: int = 100  # steps between states for --resume
     seed: int = 0
@@ -112,17 +114,17 @@ def by_level_and_task(decisions: list[Transition], shares: tuple[float, float, f
     return pools, ratios
 
 
-def sft_loss(policy, batch, count: int, precision: str) -> torch.Tensor:
+def sft_loss(policy, batch, count: int, hidden_fn=hidden_states) -> torch.Tensor:
     """Sum over decisions of the mean token loss / the global count. Padding and prompts carry no loss."""
-    hidden = hidden_states(policy, batch.input_ids, batch.level, precision)  # (B, T, D)
+    hidden = hidden_fn(policy, batch.input_ids, batch.level)  # (B, T, D)
     weight, bias = head_weight(policy.get_output_embeddings(), policy.config)
     _, sums = sequence_logprobs(hidden, weight, batch.input_ids, batch.action_mask, bias=bias)  # (B,)
     return -(sums / batch.action_mask.sum(1)).sum() / count
 
 
-def turn_loss(policy, batch: TurnBatch, count: int, precision: str) -> torch.Tensor:
+def turn_loss(policy, batch: TurnBatch, count: int, hidden_fn=hidden_states) -> torch.Tensor:
     """sft_loss of plan-execute turns: what the host inserts carries no loss."""
-    hidden = hidden_states(policy, batch.input_ids, torch.zeros(len(batch.part)), precision)  # (B, T, D)
+    hidden = hidden_fn(policy, batch.input_ids, torch.zeros(len(batch.part)))  # (B, T, D)
     weight, bias = head_weight(policy.get_output_embeddings(), policy.config)
     decided = batch.part > 0
     _, sums = sequence_logprobs(hidden, weight, batch.input_ids, decided, bias=bias)  # (B,)
@@ -166,16 +168,17 @@ def main(config: Config) -> None:
         episodes += practised
 
     other_names = OtherNames(episodes, tokenizer, config.rename)
+    hidden_fn = functools.partial(hidden_states, precision=config.precision, compile=config.compile)
 
     def losses(items: list) -> Iterator[torch.Tensor]:
         """The parts of the loss of a batch, one forward each."""
         if config.plan_execute:
             for group in own_share(by_length(items, encode, config.tokens_per_forward)):
                 batch = collate_turns([items[i] for i in group], encode).to(device)
-                yield turn_loss(policy, batch, len(items), config.precision)
+                yield turn_loss(policy, batch, len(items), hidden_fn)
         else:
             for part in own_share(micro_batches(items, tokenizer, config.tokens_per_forward)):
-                yield sft_loss(policy, collate(part, tokenizer).to(device), len(items), config.precision)
+                yield sft_loss(policy, collate(part, tokenizer).to(device), len(items), hidden_fn)
 
     run = Run(
         config.out, config, config.resume

@@ -12,7 +12,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 type=$1 seeds=${2:-"0 1 2"} arms=${3:-"glider awac ac"} online=${4:---env-steps 10000}
-out=out/o2o/$type base=base/held_out python=.venv/bin/python threads="--threads ${THREADS:-2}" env=""
+out=out/o2o/$type base=base/held_out python=.venv/bin/python threads="--threads ${THREADS:-2}" train="--threads ${THREADS:-2} --compile" env=""
 declare -A sft=([find-animal]="--epochs 1.5" [boil]="--epochs 6 --lr 2e-3" [test-conductivity]="--epochs 12 --lr 2e-3" [heat]="--epochs 5")
 declare -A rename=([test-conductivity]=1 [boil]=1)  # their families know few substances: other names always, in RL too
 declare -A give_up=([boil]=12)  # its expert measures the temperature ten times
@@ -37,18 +37,18 @@ start() { # folder, flags of SFT: to the checkpoint that goes online
   $python collect.py --source gold $env --panel "$type-family" --out "$out/gold.jsonl"
   [ -z "$practice" ] || $python collect.py --source stumble --panel "$type-family" --gold "$out/gold.jsonl" --out "$out/stumbles.jsonl"
   [ -f "$out/$1/sft/policy.json" ] || $python train_sft.py --model $base --data "$out/gold.jsonl" --out "$out/$1/sft" --rename "${rename[$type]:-0.5}" \
-    ${sft[$type]} $threads ${2:-$practice} $(resume "$out/$1/sft")
+    ${sft[$type]} $train ${2:-$practice} $(resume "$out/$1/sft")
   $python collect.py --source policy $env --panel "$type-family" --limit 15 --checkpoint "$out/$1/sft" --out "$out/$1/rollouts.jsonl" $threads
   $python train_orl.py --init "$out/$1/sft" --expert "$out/gold.jsonl" \
     --rollouts "$out/$1/rollouts.jsonl" --out "$out/$1/orl" --steps 150 --warmup-steps 80 --rename "${rename[$type]:-0}" \
-    $critic --rl.temperature 0.2 $threads $(resume "$out/$1/orl")
+    $critic --rl.temperature 0.2 $train $(resume "$out/$1/orl")
 }
 online() { # folder to start from, name, seed, flags of train_o2o.py, of SFT
   local kept=results/online/$type/$2/seed$3
   [ ! -f "$kept/evals.json" ] || { echo "$kept holds this run: skipped; remove it to run it again"; return 0; }
   start "$1" "$5"
   [ -f "$out/$2/seed$3/policy.json" ] || $python train_o2o.py --init "$out/$1/orl" --offline "$out/gold.jsonl" "$out/$1/rollouts.jsonl" \
-    --out "$out/$2/seed$3" $env --panel "$type" --dev-limit 25 --eval-every 2500 --seed "$3" --rename "${rename[$type]:-0}" $update $online $threads $4 $(resume "$out/$2/seed$3")
+    --out "$out/$2/seed$3" $env --panel "$type" --dev-limit 25 --eval-every 2500 --seed "$3" --rename "${rename[$type]:-0}" $update $online $train $4 $(resume "$out/$2/seed$3")
   mkdir -p "$kept" && cp "$out/$2/seed$3/evals.json" "$kept/"
 }
 oracle() { # the checkpoint that goes online, with an expert in place of one level: which level is the bottleneck?

@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 panel=${1:-glider} seeds=${2:-"0 1 2"} sft_flags=${3:-} orl_flags=${4:---rl.temperature 0.2 --rl.critic-lr 1e-3}
-out=out/$panel python=.venv/bin/python threads="--threads ${THREADS:-2}"
+out=out/$panel python=.venv/bin/python threads="--threads ${THREADS:-2}" train="--threads ${THREADS:-2} --compile"
 resume() { if [ -f "$1/config.json" ]; then echo --resume; fi; }
 
 $python collect.py --source gold --panel "$panel" --out "$out/gold.jsonl"
@@ -17,13 +17,13 @@ for seed in $seeds; do
   run=$out/seed$seed
   [ -f "$run/sft/policy.json" ] ||
     $python train_sft.py --data "$out/gold.jsonl" --rename 0.5 --practice "$out/stumbles.jsonl" --out "$run/sft" \
-      --seed "$seed" $threads $sft_flags $(resume "$run/sft")
+      --seed "$seed" $train $sft_flags $(resume "$run/sft")
   [ -f "$run/results/sft.json" ] ||
     $python eval.py --panel "$panel" --checkpoint "$run/sft" --name sft --out "$run" --seed "$seed" $threads
   $python collect.py --source policy --panel "$panel" --limit 8 --checkpoint "$run/sft" --out "$run/rollouts.jsonl" --seed "$seed" $threads
   [ -f "$run/orl/policy.json" ] ||
     $python train_orl.py --init "$run/sft" --expert "$out/gold.jsonl" --rollouts "$run/rollouts.jsonl" --out "$run/orl" \
-      --seed "$seed" $threads $orl_flags $(resume "$run/orl")
+      --seed "$seed" $train $orl_flags $(resume "$run/orl")
   [ -f "$run/results/orl.json" ] ||
     $python eval.py --panel "$panel" --checkpoint "$run/orl" --name orl --out "$run" --seed "$seed" $threads
 done

@@ -32,7 +32,8 @@ def test_logprob(tmp_path, capsys):
     assert rounded["ours"]["gradient_error"] < 1e-2
 
 
-def test_update_is_the_same_on_the_rungs_that_only_save_work(tmp_path, capsys):
+def test_update_is_the_same_on_the_rungs_that_only_save_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("model.compiled", lambda trunk: trunk)  # a minute
     rows = run(tmp_path, capsys, "update", vocab=97, hidden=16, layers=1, batch_size=12)
     ladder = by_variant(rows, "update cpu vocab 97")
     assert list(ladder) == bench.RUNGS
@@ -44,6 +45,7 @@ def test_a_rung_that_computes_something_else_stops_the_bench(tmp_path, capsys, m
     monkeypatch.setattr(
         bench, "all_positions", lambda *_, **__: (0 * p for p in bench.sequence_logprobs(*_, **__))
     )
+    monkeypatch.setattr("model.compiled", lambda trunk: trunk)
     with pytest.raises(ValueError, match="computes something else"):
         run(tmp_path, capsys, "update", vocab=97, hidden=16, layers=1, batch_size=6)
 

@@ -1,5 +1,6 @@
 """model.py on tiny random models of four architectures, loading, adapters, acting, checkpoints."""
 
+import functools
 import json
 import shutil
 from dataclasses import replace
@@ -173,6 +174,36 @@ def test_gradient_checkpointing_gives_the_same_gradients(backbones):
         gradients.append({n: p.grad for n, p in policy.named_parameters() if p.requires_grad})
     assert any(g.abs().max() > 0 for g in gradients[0].values())
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_compiled_layers_give_the_same_states_and_gradients(backbones, monkeypatch):
+    """With what torch.compile captures run as it is: writing C++ for it takes a minute."""
+    captured = functools.partial(model_file.compile_regions, backend="aot_eager")
+    monkeypatch.setattr(model_file, "compile_regions", captured)
+    lm, _ = load_backbone(str(backbones["llama"]))
+    policy = add_lora(lm, 4, adapters="separate").train()
+    names, found = list(policy.state_dict()), []
+    for _ in range(2):  # the weights move in between: a compiled layer reads them anew
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        for compile in (False, True):
+            policy.zero_grad()
+            hidden = hidden_states(policy, random_ids(policy), torch.tensor([0, 2]), compile=compile)
+            hidden.pow(2).sum().backward()
+            grads = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
+            found.append((hidden.detach(), grads))
+    for eager, ours in (found[:2], found[2:]):
+        torch.testing.assert_close(ours, eager, atol=1e-4, rtol=1e-4)
+    assert (found[0][0] - found[2][0]).abs().max() > 0.01
+    assert list(policy.state_dict()) == names
+
+
+def test_compiling_without_a_compiler_is_one_line_with_the_fix(backbones, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    policy, _ = load(backbones["llama"])
+    with pytest.raises(ValueError, match="no-such-compiler.*leave out --compile"):
+        hidden_states(policy, random_ids(policy), compile=True)
 
 
 # --- LoRA ---------------------------------------------------------------------------------------------------

@@ -266,8 +266,8 @@ def sft_ignores_padding():
     from train_sft import sft_loss
 
     policy, items = tiny_policy(), ragged()
-    alone = sum(sft_loss(policy, batch_of([item]), 8, "fp32") for item in items)
-    torch.testing.assert_close(sft_loss(policy, batch_of(items), 8, "fp32"), alone)
+    alone = sum(sft_loss(policy, batch_of([item]), 8) for item in items)
+    torch.testing.assert_close(sft_loss(policy, batch_of(items), 8), alone)
 
 
 # --- checks: the step ---------------------------------------------------------------------------------------
