@@ -33,11 +33,14 @@ start() { # folder, flags of SFT: to the checkpoint that goes online
     $python base/pretrain.py --text out/o2o/explore.jsonl --out $base --tokens 16e6 --threads "${THREADS:-2}" \
       --words "${WORDS:-/usr/share/dict/american-english-small}"  # apt install wamerican-small, or any list
   }
-  [ -z "$practice" ] || $python collect.py --source practice --panel without --limit 30 --max-steps 40 --out out/o2o/practice.jsonl
   $python collect.py --source gold $env --panel "$type-family" --out "$out/gold.jsonl"
-  [ -z "$practice" ] || $python collect.py --source stumble --panel "$type-family" --gold "$out/gold.jsonl" --out "$out/stumbles.jsonl"
+  local extra=${2:-$practice}
+  [ "$extra" != "$practice" ] || [ -z "$practice" ] || {
+    $python collect.py --source practice --panel without --limit 30 --max-steps 40 --out out/o2o/practice.jsonl
+    $python collect.py --source stumble --panel "$type-family" --gold "$out/gold.jsonl" --out "$out/stumbles.jsonl"
+  }
   [ -f "$out/$1/sft/policy.json" ] || $python train_sft.py --model $base --data "$out/gold.jsonl" --out "$out/$1/sft" --rename "${rename[$type]:-0.5}" \
-    ${sft[$type]} $train ${2:-$practice} $(resume "$out/$1/sft")
+    ${sft[$type]} $train $extra $(resume "$out/$1/sft")
   $python collect.py --source policy $env --panel "$type-family" --limit 15 --checkpoint "$out/$1/sft" --out "$out/$1/rollouts.jsonl" $threads
   $python train_orl.py --init "$out/$1/sft" --expert "$out/gold.jsonl" \
     --rollouts "$out/$1/rollouts.jsonl" --out "$out/$1/orl" --steps 150 --warmup-steps 80 --rename "${rename[$type]:-0}" \
