@@ -66,13 +66,14 @@ class Config:
     resume: bool = False  # go on with an interrupted run
 
 
-def hindsight(episode: Episode, history: str) -> list[Transition]:
+def hindsight(episode: Episode, history: str, is_flat: bool = False) -> list[Transition]:
     """What practice teaches: exploration how to do things, stumbles what to do next, both to report failures.
 
     Whatever was done is a good example of how to do just that (HER, arXiv:1707.01495), if room or inventory
     changed by it, which only a focus need not: else a subtask would seem done where one stands. From a gold
     path with slips the planner learns what the expert goes on with, the executor what it does after a
     refusal, and neither the slips. A progress policy that saw successes alone would report them always.
+    A flat agent, which has no subtasks to practise, learns from stumbles alone.
     """
     if episode.source.startswith("stumble"):
         done = [s for s in episode.segments if episode.turns[s.end - 1].verified_done]
@@ -80,8 +81,10 @@ def hindsight(episode: Episode, history: str) -> list[Transition]:
             ("executor", t) for s in done for t in range(s.start, s.end)
             if prompts.refused(episode.turns[t].obs) and not prompts.refused(episode.obs_after(t))
         }  # fmt: skip
-        found = transitions(episode, history)
+        found = transitions(flat(episode) if is_flat else episode, history, flat=is_flat)
         return [t for t in found if t.level == "progress" or (t.level, t.turn) in learned]
+    if is_flat:
+        raise ValueError("--practice shows subtasks, of which a flat agent has none: give it stumbles alone")
     kept = set()
     for s in episode.segments:
         before, after = (
@@ -139,10 +142,6 @@ def main(config: Config) -> None:
         raise ValueError("--plan-execute is one policy: leave out --adapters separate, --flat and --history")
     if config.plan_execute and (config.rename or config.practice):
         raise ValueError("--rename and --practice know three roles: leave them out with --plan-execute")
-    if config.practice and config.flat:
-        raise ValueError(
-            "--practice shows subtasks, of which a flat agent has none: leave it out with --flat"
-        )
     device = pick_device(config.device)
     lm, tokenizer = load_backbone(config.model, device, config.gradient_checkpointing)
     if config.rank == 0:
@@ -163,7 +162,7 @@ def main(config: Config) -> None:
         ]
         count, counts = len(decisions), Counter(t.level for t in decisions)
         practised = [e for path in config.practice for e in read_episodes(path)]
-        decisions += [t for e in practised for t in hindsight(e, config.history)]
+        decisions += [t for e in practised for t in hindsight(e, config.history, config.flat)]
         sampler = Mixture(*by_level_and_task(decisions, config.shares), config.seed)
         episodes += practised
 

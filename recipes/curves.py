@@ -45,14 +45,15 @@ def curve(folder: Path) -> dict:
         x = "env_steps" if "env_steps" in rows[0] else "episodes"
         tasks = [task for task, _ in rows[0]["panel"]]
         clipped = [[max(0.0, score) for score in row["scores"]] for row in rows]
-        low, high = bootstrap_ci(tasks, clipped)
+        solved = [[100.0 * (score == 100) for score in scores] for scores in clipped]
         points.append(
             {
                 x: round(sum(row[x] for row in rows) / len(rows)),
                 "score": round(sum(macro_mean(tasks, s) for s in clipped) / len(rows), 2),
-                "ci95": [round(low, 2), round(high, 2)],
+                "ci95": [round(end, 2) for end in bootstrap_ci(tasks, clipped)],
                 "seeds": [round(macro_mean(tasks, s), 2) for s in clipped],
-                "success": round(100 * sum(s == 100 for c in clipped for s in c) / sum(map(len, clipped)), 2),
+                "success": round(sum(macro_mean(tasks, s) for s in solved) / len(rows), 2),
+                "success_ci95": [round(end, 2) for end in bootstrap_ci(tasks, solved)],
             }
         )
     return {
@@ -94,7 +95,7 @@ def main(config: Config) -> dict:
         ends = [found["points"][i] for i in (0, -1)]
         print(
             f"{arm}: "
-            + " -> ".join(f"{p['score']:.1f} {p['ci95']}" for p in ends)
+            + " -> ".join(f"{p['score']:.1f} {p['ci95']}, solved {p['success']:.0f}%" for p in ends)
             + f", {found['seeds']} seeds"
         )
     return result

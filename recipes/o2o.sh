@@ -17,7 +17,8 @@ declare -A sft=([find-animal]="--epochs 1.5" [boil]="--epochs 6 --lr 2e-3" [test
 declare -A rename=([test-conductivity]=1 [boil]=1)  # their families know few substances: other names always, in RL too
 declare -A give_up=([boil]=12)  # its expert measures the temperature ten times
 practice="--practice out/o2o/practice.jsonl $out/stumbles.jsonl"
-[ "$type" != heat ] || { base=base env="--env alfworld --workers 0" practice=""; }
+flat_sft="--flat --practice $out/stumbles.jsonl"
+[ "$type" != heat ] || { base=base env="--env alfworld --workers 0" practice="" flat_sft="--flat"; }
 resume() { if [ -f "$1/config.json" ]; then echo --resume; fi; }
 # Why these flags: docs/log.md.
 critic="--credit.limit end --rl.expectile 0.5 --rl.gamma 0.95 --rl.critic-lr 1e-3"
@@ -35,10 +36,9 @@ start() { # folder, flags of SFT: to the checkpoint that goes online
   }
   $python collect.py --source gold $env --panel "$type-family" --out "$out/gold.jsonl"
   local extra=${2:-$practice}
-  [ "$extra" != "$practice" ] || [ -z "$practice" ] || {
+  [ "$type" = heat ] || $python collect.py --source stumble --panel "$type-family" --gold "$out/gold.jsonl" --out "$out/stumbles.jsonl"
+  [[ $extra != *practice.jsonl* ]] ||
     $python collect.py --source practice --panel without --limit 30 --max-steps 40 --out out/o2o/practice.jsonl
-    $python collect.py --source stumble --panel "$type-family" --gold "$out/gold.jsonl" --out "$out/stumbles.jsonl"
-  }
   [ -f "$out/$1/sft/policy.json" ] || $python train_sft.py --model $base --data "$out/gold.jsonl" --out "$out/$1/sft" --rename "${rename[$type]:-0.5}" \
     ${sft[$type]} $train $extra $(resume "$out/$1/sft")
   $python collect.py --source policy $env --panel "$type-family" --limit 15 --checkpoint "$out/$1/sft" --out "$out/$1/rollouts.jsonl" $threads
@@ -71,8 +71,8 @@ for seed in $seeds; do
       glider) online planner glider "$seed" "$planner $returns" "" ;;
       glider_q) online planner glider_q "$seed" "$planner" "" ;;
       replay | nothing) online planner "$arm" "$seed" "$planner $returns --frozen $arm" "" ;;
-      awac) online flat awac "$seed" "$flat" --flat ;;
-      ac) online flat ac "$seed" "$flat $ac" --flat ;;
+      awac) online flat awac "$seed" "$flat" "$flat_sft" ;;
+      ac) online flat ac "$seed" "$flat $ac" "$flat_sft" ;;
     esac
   done
 done

@@ -30,8 +30,9 @@ def test_the_mean_over_types_and_seeds_by_hand_and_what_all_seeds_have(tmp_path,
     assert found["seeds"] == 2 and found["episodes"] == 3 and found["commands"] == ["c0", "c1"]
     first, last = found["points"]
     assert first["seeds"] == [10, 20] and first["score"] == 15
-    assert last["env_steps"] == 110 and last["seeds"] == [75, 75] and last["success"] == pytest.approx(66.67)
+    assert last["env_steps"] == 110 and last["seeds"] == [75, 75] and last["success"] == 62.5
     assert first["ci95"][0] <= 15 <= first["ci95"][1]
+    assert last["success_ci95"][0] <= 62.5 <= last["success_ci95"][1]
     assert "glider" in out.with_suffix(".svg").read_text() and "2 seeds" in capsys.readouterr().out
 
 

@@ -255,6 +255,15 @@ def test_stumbles_are_collected_as_annotated_successes(tmp_path):
     episodes = read_episodes(file)
     assert episodes and all(e.success and e.segments and e.source.startswith("stumble") for e in episodes)
     assert all(t.progress for e in episodes for t in e.turns)
+    alone, under = (
+        [t for e in episodes for t in train_sft.hindsight(e, "progress", flat) if t.level != "planner"]
+        for flat in (True, False)
+    )
+    assert [(t.episode_id, t.level, t.turn) for t in alone] == [
+        (t.episode_id, t.level, t.turn) for t in under
+    ]
+    assert any(t.level == "executor" for t in alone)
+    assert all("Subtask: Your task is" in t.prompt for t in alone)
     episodes[0].segments[0].subtask = "stroll"
     write_episodes(file, episodes)
     with pytest.raises(ValueError, match="labelled by other rules"):
