@@ -161,6 +161,7 @@ class Credit:
     invalid_penalty: float = 1.0  # cost of an action the world does not understand (STEP-HRL; GLIDER 0)
     progress: ProgressReward = "action"  # pay of progress: as the action before, or the planner's value
     limit: Limit = "bootstrap"  # what a step limit is; end: a failure, as if the world had ended
+    clip_failure: bool = False  # a fatal mistake costs the points so far, as the metric counts, not 100
 
     def __post_init__(self):
         if not 0 <= self.noise <= 1:
@@ -215,6 +216,9 @@ def transitions(
     if credit.limit == "end":  # a truncated turn bootstraps, which never punishes a loop: V lives on itself
         over = [replace(t, terminated=t.terminated or t.truncated, truncated=False) for t in episode.turns]
         episode = replace(episode, turns=over)
+    if credit.clip_failure:
+        turns = zip(episode.turns, clipped_rewards(episode), strict=True)
+        episode = replace(episode, turns=[replace(turn, reward=reward) for turn, reward in turns])
     sampled = {(d.level, d.turn): d for d in episode.decisions}
     result = []
 
@@ -279,6 +283,16 @@ def transitions(
                 add("progress", t, prompt, " " + next_progress, **outcome)
     _link(result)
     return result
+
+
+def clipped_rewards(episode: Episode) -> list[float]:
+    """Differences of max(0, score) / 100, one a turn: what the metric counts; a start may have points."""
+    score = episode.score / 100 - sum(turn.reward for turn in episode.turns)
+    rewards = []
+    for turn in episode.turns:
+        before, score = score, score + turn.reward
+        rewards.append(max(0.0, score) - max(0.0, before))
+    return rewards
 
 
 def _link(decisions: list[Transition]) -> None:

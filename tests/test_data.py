@@ -411,6 +411,22 @@ def test_a_limit_that_ends_is_as_if_the_world_had_ended(progress, flat):
     assert cut.turns[-1].truncated and not cut.turns[-1].terminated, "the episode stays as it is"
 
 
+# --- credit: what a fatal mistake costs ---------------------------------------------------------------------
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_clipped_failure_costs_the_points_so_far(flat):
+    turns = [{"reward": 0.03}, {"reward": 0.67}, {"reward": -1.72, "terminated": True}]
+    episode = make_episode(turns, ((0, 3),) if flat else ((0, 2), (2, 3)))
+    episode.score = -100.0  # the start had 2 points
+    level = "executor" if flat else "planner"
+    earned = {
+        clip: [t.reward for t in of(level, episode, credit=Credit(clip_failure=clip), flat=flat)]
+        for clip in (False, True)
+    }
+    assert earned[False] == pytest.approx([0.03, 0.67, -1.72] if flat else [0.7, -1.72])
+    assert earned[True] == pytest.approx([0.03, 0.67, -0.72] if flat else [0.7, -0.72])
+    assert episode.turns[-1].reward == -1.72, "the episode stays as it is"
+
+
 # --- credit: what earns the progress policy -----------------------------------------------------------------
 BY_PLANNER = Credit(progress="planner")
 
