@@ -21,7 +21,8 @@ flat_sft="--flat --practice $out/stumbles.jsonl"
 [ "$type" != heat ] || { base=base env="--env alfworld --workers 0" practice="" flat_sft="--flat"; }
 resume() { if [ -f "$1/config.json" ]; then echo --resume; fi; }
 # Why these flags: docs/log.md.
-critic="--credit.limit end --rl.expectile 0.5 --rl.gamma 0.95 --rl.critic-lr 1e-3"
+declare -A credit=([boil]="--credit.clip-failure")  # its substances are new: who loses 100 points by trying learns not to try
+critic="--credit.limit end ${credit[$type]:-} --rl.expectile 0.5 --rl.gamma 0.95 --rl.critic-lr 1e-3"
 update="$critic --rl.temperature 0.05 --rl.actor-lr 5e-4 --batch-size 16 --updates 4 --online-share 2"
 planner="--temperature 0.5 --planning-ratio 1.4 --explore 0.2 --give-up ${give_up[$type]:-6}" returns="--rl.advantage return"
 flat="--frozen nothing --temperature 0.7 $returns"
