@@ -169,8 +169,7 @@ def play_stumbling(
 
     An expert does not fail, so who imitates it alone says again and again what was refused. Noise in the
     expert's actions shows how it recovers (DART, arXiv:1703.09327). A slip that the world did not refuse, or
-    that completed its subtask, is none, unless that had just been done: it is taken out, and the path played
-    again.
+    that completed its subtask, is none: it is taken out, and the path played again.
     """
     plans = {
         (e.task, e.variation): with_slips(
@@ -186,13 +185,11 @@ def play_stumbling(
     while plans:
         for e in play(pool, list(plans), env, f"stumble-{seed}", choose):
             plan, after = plans.pop((e.task, e.variation)), [t.obs for t in e.turns[1:]] + [e.final_obs]
-            feedback, kept, last = iter(after), [], ""
+            feedback, kept = iter(after), []
             for subtask, part in plan:
-                tried = all(slip for _, slip in part)
-                again, last = tried and subtask == last, last if tried else subtask
                 obs = [next(feedback, None) for _ in part]  # None: the episode was over
                 fine = [
-                    not slip or o is None or again or (prompts.refused(o) and not judge(subtask, o))
+                    not slip or o is None or (prompts.refused(o) and not judge(subtask, o))
                     for (_, slip), o in zip(part, obs, strict=True)
                 ]
                 kept.append((subtask, [step for step, ok in zip(part, fine, strict=True) if ok]))

@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -78,7 +77,6 @@ def hindsight(episode: Episode, history: str, is_flat: bool = False) -> list[Tra
     """
     if episode.source.startswith("stumble"):
         done = [s for s in episode.segments if episode.turns[s.end - 1].verified_done]
-        done = [s for last, s in pairwise([None, *done]) if not last or s.subtask != last.subtask]
         learned = {("planner", s.start) for s in done} | {
             ("executor", t) for s in done for t in range(s.start, s.end)
             if prompts.refused(episode.turns[t].obs) and not prompts.refused(episode.obs_after(t))
