@@ -8,14 +8,14 @@ Shapes: B rows, T columns so far, D hidden size, V vocabulary.
 
 import copy
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from logprob import head_weight
-from model import ROLES, SHARED, is_separate, lm_of, text_ids, use_adapter
+from model import ROLES, SHARED, is_separate, lm_of, prompt_ids, text_ids, use_adapter
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Request:
     prompt: str
     max_new_tokens: int
     seed: int
+    begun: str = field(default="", kw_only=True)  # how the answer begins, given
 
 
 @dataclass(frozen=True)
@@ -167,9 +168,9 @@ def folded(model, precision: str = "fp32") -> dict:
 
 
 def instruction(line: list[int], prompt: list[int]) -> tuple[int, ...]:
-    """The tokens of the first line that the prompt begins with; its last one may have merged with "\n"."""
-    line = line[:-1]
-    return tuple(line) if line == prompt[: len(line)] and len(line) < len(prompt) else ()
+    """What a prompt and its first line, asked alone, begin with; its last token may merge with "\n"."""
+    shared = next((i for i, (a, b) in enumerate(zip(line, prompt, strict=False)) if a != b), len(line))
+    return tuple(prompt[: min(shared, len(line) - 1, len(prompt) - 1)])
 
 
 class Policy:
@@ -193,14 +194,13 @@ class Policy:
         self.seconds, self.copies, self.prefixes = 0.0, None, {}
 
     def encode(self, prompt: str) -> list[int]:
-        """Prompt ids, with BOS where the tokenizer has one."""
-        bos = [self.tokenizer.bos_token_id] if self.tokenizer.bos_token_id is not None else []
-        return [*bos, *text_ids(self.tokenizer, prompt)]
+        """Prompt ids  (model.prompt_ids)."""
+        return prompt_ids(self.tokenizer, prompt)
 
     def answer(self, requests: list[Request]) -> list[Answer]:
         """One answer per request; prompts share batches whatever their roles, if one adapter serves them."""
         began, answers = time.perf_counter(), {}
-        prompts = [self.encode(r.prompt) for r in requests]
+        prompts = [self.encode(r.prompt) + [*text_ids(self.tokenizer, r.begun)] for r in requests]
         for adapter in ROLES if is_separate(self.model) else [SHARED]:
             rows = [i for i, r in enumerate(requests) if adapter in (SHARED, r.role)]
             for group in length_groups({i: len(prompts[i]) for i in rows}):

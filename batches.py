@@ -15,7 +15,7 @@ from torch import Tensor
 
 from candidates import pack
 from data import LEVELS, Transition
-from model import text_ids
+from model import prompt_ids, text_ids
 
 
 @dataclass
@@ -62,11 +62,8 @@ def encode(
     tokenizer, prompt: str, completion: str, completion_ids: list[int] = ()
 ) -> tuple[list[int], list[int]]:
     """Prompt ids (with BOS, once) and completion ids (EOS appended); sampled ids are never encoded again."""
-    prompt_ids = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    prompt_ids += text_ids(tokenizer, prompt)
-    if not completion_ids:
-        completion_ids = [*text_ids(tokenizer, completion), tokenizer.eos_token_id]
-    return prompt_ids, list(completion_ids)
+    given = prompt_ids(tokenizer, prompt)
+    return given, list(completion_ids) or [*text_ids(tokenizer, completion), tokenizer.eos_token_id]
 
 
 def _pad(rows: list[list[int]], fill: int) -> Tensor:

@@ -33,7 +33,7 @@ from critic import load_critics
 from data import Episode, transitions, write_episodes
 from envs import EnvName, EnvPool, StepResult, read_panel
 from hierarchy import Counts, Ends, Guided, Player, rollout
-from model import file_hash, fingerprint, lm_of, load_backbone, load_policy
+from model import PromptFormat, file_hash, fingerprint, lm_of, load_backbone, load_policy
 from plan_execute import PlanExecute, TurnPlayer
 from run import fail, pick_device, provenance
 from watch import Watched
@@ -52,6 +52,7 @@ class Config:
     agent: Literal["policy", "zero-shot", "random", "gold", "oracle"] = "policy"
     checkpoint: Path | None = None  # policy folder, for --agent policy
     model: str = "base"  # backbone, for --agent zero-shot
+    prompt: PromptFormat = "raw"  # of --agent zero-shot; a checkpoint knows its own
     env: EnvName = "scienceworld"  # which text world; alfworld is the fast engine
     panel: str = "demo"  # panels/<env>_<panel>_<split>.txt
     split: Literal["dev", "test", "valid_seen", "valid_unseen"] = "dev"  # ALFWorld has the last two
@@ -128,7 +129,7 @@ def play(config: Config, panel: list, pool: EnvPool, counts: Counts) -> tuple[li
                 scorer = best_of(model, tokenizer, config)
                 value = lambda request, answer: scorer.values(request, [answer]).item()  # noqa: E731
         else:
-            model, tokenizer = load_backbone(config.model, device)
+            model, tokenizer = load_backbone(config.model, device, prompt=config.prompt)
             meta |= {"model": config.model, "base": fingerprint(model, tokenizer)}
         kind = PlanExecute if meta.get("format") == "plan-execute" else Policy
         policy = kind(model.eval(), tokenizer, config.temperature)

@@ -200,13 +200,13 @@ class Curious(Player):
             self.plans.setdefault(plan.split()[0], []).append(plan)
 
     def request(self) -> Request:
-        """As Player; another first word stands at the end of the prompt."""
+        """As Player; another first word may be given."""
         request, self.word, self.other = super().request(), "", False
         self.rng = random.Random(request.seed)
         if request.role == "planner" and self.rng.random() < self.epsilon:
             self.other = self.rng.random() < 0.5
             self.word = "" if self.other else " " + self.rng.choice(sorted(self.plans))
-        return replace(request, prompt=request.prompt + self.word)
+        return replace(request, begun=self.word)
 
     def receive(self, answer: Answer, counts: Counts) -> str | None:
         """As Player; the first word belongs to the answer, and another plan stands for it."""

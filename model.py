@@ -31,6 +31,7 @@ warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprec
 BASE = Path(__file__).parent / "base"
 ROLES = ("planner", "executor", "progress")  # data.LEVELS, in the same order
 SHARED = "shared"  # name of the one adapter that serves all roles
+PromptFormat = Literal["raw", "chat"]  # the prompt as it is, or in the chat template of an instruct model
 ATTENTION_ONLY = ["q_proj", "k_proj", "v_proj", "o_proj"]  # the papers' LoRA targets
 
 
@@ -40,10 +41,13 @@ def attention(device: str) -> dict[str, str]:
     return {} if device.startswith("cuda") else {"attn_implementation": "eager"}
 
 
-def load_backbone(model: str, device: str = "cpu", gradient_checkpointing: bool = False):
+def load_backbone(
+    model: str, device: str = "cpu", gradient_checkpointing: bool = False, prompt: PromptFormat = "raw"
+):
     """(causal LM, tokenizer) of `model`: "base", a folder or a hub id. fp32 on CPU, bf16 on CUDA.
 
-    ValueError when the folder is missing or the tokenizer has no EOS token (answers could never end).
+    prompt: how the tokenizer wraps a prompt from now on (prompt_ids). ValueError when the folder is missing,
+    or the tokenizer has no EOS token (answers could never end), or for prompt="chat" no chat template.
     """
     path = str(BASE) if model == "base" else model
     if (model == "base" or model[0] in "./") and not (Path(path) / "config.json").exists():
@@ -62,6 +66,10 @@ def load_backbone(model: str, device: str = "cpu", gradient_checkpointing: bool 
     if tokenizer.eos_token_id is None:
         fix = "answers could never end; set tokenizer.eos_token"
         raise ValueError(f"the tokenizer of {model} has no EOS token: {fix}")
+    if prompt == "chat" and not tokenizer.chat_template:
+        fix = "use --prompt raw, or an instruct model"
+        raise ValueError(f"the tokenizer of {model} has no chat template: {fix}")
+    tokenizer.prompt_format = prompt
     if gradient_checkpointing:
         lm.gradient_checkpointing_enable()
         lm.enable_input_require_grads()
@@ -72,6 +80,19 @@ def load_backbone(model: str, device: str = "cpu", gradient_checkpointing: bool 
 def text_ids(tokenizer, text: str) -> tuple[int, ...]:
     """Ids of a text without BOS and EOS; kept, so that training does not encode again what acting did."""
     return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def prompt_ids(tokenizer, prompt: str) -> list[int]:
+    """Ids of what a policy answers to: BOS, where there is one, and the prompt.
+
+    --prompt chat: the prompt as the user's message in the model's chat template, up to where it is to speak.
+    """
+    if getattr(tokenizer, "prompt_format", "raw") == "chat":
+        message = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        return list(text_ids(tokenizer, text))  # templates write BOS themselves
+    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    return [*bos, *text_ids(tokenizer, prompt)]
 
 
 def refuse_checkpointing(adapters: str) -> None:
@@ -231,7 +252,7 @@ def load_policy(
     meta = json.loads((folder / "policy.json").read_text())
     if gradient_checkpointing:
         refuse_checkpointing(meta["adapters"])
-    lm, tokenizer = load_backbone(meta["model"], device, gradient_checkpointing)
+    lm, tokenizer = load_backbone(meta["model"], device, gradient_checkpointing, meta.get("prompt", "raw"))
     if (found := fingerprint(lm, tokenizer)) != meta["base"]:
         raise ValueError(
             f"{folder} was trained on base {meta['base']}, but {meta['model']} is {found}: "

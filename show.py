@@ -14,7 +14,7 @@ from typing import Literal
 import annotate
 from batches import collate
 from data import Transition, read_episodes, set_returns, transitions
-from model import load_backbone
+from model import PromptFormat, load_backbone
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Config:
     flat: bool = False  # no planner
     gamma: float = 0.99  # discount of the returns that are shown
     model: str = "base"  # whose tokenizer
+    prompt: PromptFormat = "raw"  # chat: in its chat template
 
 
 def marked(pieces: list[str], kinds: list[int]) -> str:
@@ -63,7 +64,7 @@ def main(config: Config) -> None:
     set_returns(found, config.gamma, "subtask")
     found = sorted(found, key=lambda t: t.turn)
     shown = [t for t in found if config.level in ("all", t.level)]
-    _, tokenizer = load_backbone(config.model)
+    _, tokenizer = load_backbone(config.model, prompt=config.prompt)
     print(f"{episode.id}: {episode.description}\nscore {episode.score:.0f}, {len(episode.turns)} steps\n")
     for t in shown[: config.count]:
         print(described(t, tokenizer))

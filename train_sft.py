@@ -24,6 +24,7 @@ from batches import Mixture, collate, micro_batches
 from data import LEVELS, Episode, Transition, read_episodes, transitions
 from logprob import head_weight, sequence_logprobs
 from model import (
+    PromptFormat,
     add_lora,
     fingerprint,
     hidden_states,
@@ -43,6 +44,7 @@ class Config:
     data: Path  # annotated expert episodes (JSONL from collect.py)
     out: Path  # run folder
     model: str = "base"  # backbone: "base", a folder or a hub id
+    prompt: PromptFormat = "raw"  # chat: each prompt as a user's message in the chat template of --model
     history: Literal["progress", "full", "window"] = "progress"  # what a decision is conditioned on
     flat: bool = False  # no planner: one subtask per episode, the task itself
     plan_execute: bool = False  # HiPER's format instead of three roles: keep or switch the subgoal, then act
@@ -143,7 +145,7 @@ def main(config: Config) -> None:
     if config.plan_execute and (config.rename or config.practice):
         raise ValueError("--rename and --practice know three roles: leave them out with --plan-execute")
     device = pick_device(config.device)
-    lm, tokenizer = load_backbone(config.model, device, config.gradient_checkpointing)
+    lm, tokenizer = load_backbone(config.model, device, config.gradient_checkpointing, config.prompt)
     if config.rank == 0:
         lm = lm.float()  # small steps would be rounded away in bf16 weights
     base = fingerprint(lm, tokenizer)
@@ -232,8 +234,8 @@ def main(config: Config) -> None:
     save(steps)
     meta = {
         "model": config.model, "base": base, "rank": config.rank, "adapters": config.adapters,
-        "history": config.history, "flat": config.flat, "stage": "sft", "steps": steps,
-        "format": "plan-execute" if config.plan_execute else "roles",
+        "prompt": config.prompt, "history": config.history, "flat": config.flat, "stage": "sft",
+        "steps": steps, "format": "plan-execute" if config.plan_execute else "roles",
     }  # fmt: skip
     if run.writes:
         save_policy(policy, config.out, meta)

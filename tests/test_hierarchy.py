@@ -423,7 +423,7 @@ def test_results_do_not_depend_on_the_number_of_slots_whatever_ends_a_subtask(en
 # --- exploring ----------------------------------------------------------------------------------------------
 def test_a_curious_planner_begins_with_another_word_or_speaks_of_another_thing():
     def curious(epsilon):
-        policy = Scripted(planner=lambda r: " the pot" if r.prompt.endswith((" get", " go")) else " get it")
+        policy = Scripted(planner=lambda r: " the pot" if r.begun in (" get", " go") else " get it")
         plans = ["get the cup", "get the cup", "get the jar", "go home"]
         make = lambda _, *usual: Curious(*usual, epsilon=epsilon, plans=plans)  # noqa: E731
         (episode,) = play(policy, FakePool(1, 200), ends="cap", max_actions=1, make=make)

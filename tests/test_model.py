@@ -24,7 +24,7 @@ from transformers import (
 
 import model as model_file
 from acting import Context, Policy, Request, draw, folded, length_groups
-from batches import collate
+from batches import collate, encode
 from data import Transition
 from logprob import head_weight, sequence_logprobs
 from model import (
@@ -38,6 +38,7 @@ from model import (
     lm_of,
     load_backbone,
     load_policy,
+    prompt_ids,
     save_policy,
     trainable_state,
     use_adapter,
@@ -162,6 +163,56 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path):
     make_tokenizer(eos_token=None).save_pretrained(tmp_path / "m")
     with pytest.raises(ValueError, match="no EOS token.*set tokenizer.eos_token"):
         load_backbone(str(tmp_path / "m"))
+
+
+# --- the chat template --------------------------------------------------------------------------------------
+TEMPLATE = "{% for m in messages %}<eos>{{ m.role }}\n{{ m.content }}<eos>\n{% endfor %}"
+TEMPLATE += "{% if add_generation_prompt %}<eos>assistant\n{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def instruct(tmp_path_factory):
+    """A backbone whose tokenizer has a chat template."""
+    return make_backbone(tmp_path_factory.mktemp("instruct"), chat_template=TEMPLATE)
+
+
+def test_a_prompt_is_the_users_message_of_the_chat_template(instruct):
+    lm, tokenizer = load_backbone(str(instruct), prompt="chat")
+    asked = "Act on the subtask.\nTask: go."
+    text = f"<eos>user\n{asked}<eos>\n<eos>assistant\n"
+    assert tokenizer.decode(prompt_ids(tokenizer, asked)) == text
+    assert tokenizer.eos_token_id in prompt_ids(tokenizer, asked), "markers are tokens, not their letters"
+    given, answer = encode(tokenizer, asked, " go")
+    assert tokenizer.decode(given + answer) == text + " go<eos>", "what is trained is what is answered to"
+    _, raw = load_backbone(str(instruct))
+    assert raw.decode(prompt_ids(raw, asked)) == "<bos>" + asked
+
+
+def test_who_was_trained_on_a_chat_template_answers_in_it_from_a_shared_prefix(instruct, tmp_path):
+    policy, tokenizer = load(instruct)
+    save(policy, tokenizer, tmp_path / "chat", instruct, prompt="chat")
+    policy, tokenizer, _ = load_policy(tmp_path / "chat")
+    assert tokenizer.prompt_format == "chat"
+    asked = [replace(r, prompt=f"{r.prompt}\nTask: go to the {i}.") for i, r in enumerate(requests())]
+    actor = Policy(policy, tokenizer)
+    answers = actor.answer(asked)
+    for request, answer in zip(asked, answers, strict=True):
+        with torch.no_grad():
+            ids = torch.tensor([prompt_ids(tokenizer, request.prompt) + answer.ids])
+            logits = policy(input_ids=ids).logits[0, -len(answer.ids) - 1 : -1]
+        assert logits.argmax(-1).tolist() == answer.ids
+    assert len(actor.prefixes) == 4
+    header = len(tokenizer("<eos>user\n", add_special_tokens=False).input_ids)
+    assert all(p.mask.shape[1] > header + 1 for p in actor.prefixes.values()), "header and instruction"
+    begun = actor.answer([replace(asked[0], begun=" go")])[0]
+    with torch.no_grad():
+        ids = prompt_ids(tokenizer, asked[0].prompt) + tokenizer(" go", add_special_tokens=False).input_ids
+        assert policy(input_ids=torch.tensor([ids])).logits[0, -1].argmax() == begun.ids[0]
+
+
+def test_a_model_without_a_chat_template_says_what_to_do(backbones):
+    with pytest.raises(ValueError, match="no chat template: use --prompt raw, or an instruct model"):
+        load_backbone(str(backbones["llama"]), prompt="chat")
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(backbones):
