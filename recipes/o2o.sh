@@ -26,7 +26,7 @@ critic="--credit.limit end ${credit[$type]:-} --rl.expectile 0.5 --rl.gamma 0.95
 update="$critic --rl.temperature 0.05 --rl.actor-lr 5e-4 --batch-size 16 --updates 4 --online-share 2"
 planner="--temperature 0.5 --planning-ratio 1.4 --explore 0.2 --give-up ${give_up[$type]:-6}" returns="--rl.advantage return"
 flat="--frozen nothing --temperature 0.7 $returns"
-ac="--rl.actor signed_advantage --offline-share 0 --buffer 16 --updates 2 --batch-size 32 --rl.actor-lr 3e-5"  # on-policy: it bears no more
+ac="--rl.actor signed_advantage --offline-share 0 --buffer 16 --updates 2 --batch-size 32 --rl.actor-lr 3e-5 --credit.invalid-penalty 0"  # on-policy: it bears no more
 
 start() { # folder, flags of SFT: to the checkpoint that goes online
   [ ! -f "$out/$1/orl/policy.json" ] || return 0
