@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# SFT and offline RL on a ScienceWorld panel for several seeds, evaluated on dev. Resumable: what is done is skipped.
+# SFT, then offline RL, on a ScienceWorld panel for several seeds, evaluated on dev. Resumable: what is done is skipped.
+# bc is offline RL's twin: as many steps on the same experts and the rollouts that were solved, cloned. What offline RL gains over it comes from the values.
 #   recipes/scienceworld.sh [panel] [seeds] [train_sft flags] [train_orl flags]
 #   recipes/scienceworld.sh glider "0 1 2" "--epochs 2" "--steps 300"
 # On two cores two seeds side by side, one thread each, are faster than one after the other:
@@ -21,10 +22,15 @@ for seed in $seeds; do
   [ -f "$run/results/sft.json" ] ||
     $python eval.py --panel "$panel" --checkpoint "$run/sft" --name sft --out "$run" --seed "$seed" $threads
   $python collect.py --source policy --panel "$panel" --limit 8 --checkpoint "$run/sft" --out "$run/rollouts.jsonl" --seed "$seed" $threads
-  [ -f "$run/orl/policy.json" ] ||
-    $python train_orl.py --init "$run/sft" --expert "$out/gold.jsonl" --rollouts "$run/rollouts.jsonl" --out "$run/orl" \
-      --seed "$seed" $train $orl_flags $(resume "$run/orl")
-  [ -f "$run/results/orl.json" ] ||
-    $python eval.py --panel "$panel" --checkpoint "$run/orl" --name orl --out "$run" --seed "$seed" $threads
+  grep '"success": true' "$run/rollouts.jsonl" > "$run/solved.jsonl"
+  for arm in orl bc; do
+    [ $arm = orl ] && how="--rollouts $run/rollouts.jsonl" || how="--rollouts $run/solved.jsonl --rl.actor bc"
+    [ -f "$run/$arm/policy.json" ] ||
+      $python train_orl.py --init "$run/sft" --expert "$out/gold.jsonl" --out "$run/$arm" \
+        --seed "$seed" $train $orl_flags $how $(resume "$run/$arm")
+    [ -f "$run/results/$arm.json" ] ||
+      $python eval.py --panel "$panel" --checkpoint "$run/$arm" --name $arm --out "$run" --seed "$seed" $threads
+  done
 done
 $python recipes/compare.py --out "$out" --a orl --b sft
+$python recipes/compare.py --out "$out" --a orl --b bc

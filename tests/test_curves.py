@@ -1,4 +1,4 @@
-"""recipes/curves.py: what the seeds reached, by hand; the flags that the online recipes set exist."""
+"""recipes/curves.py and main.py: what the seeds reached, by hand; the flags of the online recipes exist."""
 
 import json
 import re
@@ -10,6 +10,7 @@ import tyro
 import train_hiper
 import train_o2o
 from recipes import curves
+from recipes import main as main_table
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,3 +57,37 @@ def test_the_flags_of_the_recipes_are_those_of_the_scripts(script, module):
     given = [word for flag in flags for word in flag.split()]
     required = ["--init", "x", "--out", "x"] + (["--offline", "x"] if module is train_o2o else [])
     assert flags and tyro.cli(module.Config, args=[*required, *given])
+
+
+# --- the main table -----------------------------------------------------------------------------------------
+def evaluated(
+    folder: Path, seed: int, name: str, benchmark: str, panel: str, split: str, scores: list, **kept
+):
+    path = folder / f"seed{seed}" / "results" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    row = {"benchmark": benchmark, "panel": panel, "split": split, "scores": scores, "limit": 0}
+    row |= {"max_steps": 50, "tokens_per_step": 300 + seed, "command": "c", "commit": "k", "per_type": {}}
+    path.write_text(json.dumps(row | kept))
+
+
+def test_a_row_is_the_mean_over_seeds_of_types_or_of_games_and_what_is_missing_is_named(tmp_path, capsys):
+    tasks = [task for task, _ in main_table.read_panel("scienceworld", "boil", "dev")]
+    types = {task: {"mean": 50.0} for task in tasks}
+    for seed, score in ((0, 40.0), (1, 60.0)):
+        scores = [score] * len(tasks)
+        evaluated(tmp_path / "glider", seed, "sft", "scienceworld", "boil", "dev", scores, per_type=types)
+    games = main_table.read_panel("alfworld", "demo", "valid_seen")
+    won = [100.0] * 15 + [-100.0] * (len(games) - 15)  # no macro mean: the share of all games
+    evaluated(tmp_path / "alfworld", 0, "sft_seen", "alfworld, generated games", "demo", "valid_seen", won)
+    result = main_table.main(main_table.Config(tmp_path, tmp_path / "main.json"))
+    first, second = result["rows"]
+    assert (first["score"], first["seeds"], first["ci95"]) == (50, [40, 60], [40, 60])
+    assert first["per_type"] == dict.fromkeys(tasks, 50) and first["tokens_per_step"] == 300.5
+    assert second["score"] == round(100 * 15 / len(games), 2) and second["episodes"] == len(games)
+    assert second["ci95"][0] < second["score"] < second["ci95"][1]
+    assert json.loads((tmp_path / "main.json").read_text())["rows"][0] == first
+    said = capsys.readouterr().out
+    assert "| scienceworld boil, dev | SFT | 50.0 | 40.0 to 60.0 | 40.0, 60.0 |" in said
+    assert f"not run yet: {tmp_path}/glider/seed*/results/orl.json" in said
+    with pytest.raises(ValueError, match="run recipes/main.sh first"):
+        main_table.main(main_table.Config(tmp_path / "empty", tmp_path / "x.json"))
