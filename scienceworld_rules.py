@@ -127,10 +127,9 @@ KINDS = [
     (r"(?:.+ REFUSED\n)+", "try another action", "(?!)", ""),
     (r"(?!)", "go to the {room}", "", ""),  # found by _walk
     (r"(?!)", "explore the {room}", "is called ", ""),
-    (rf"(?:wait1\n)+(?=focus on {X}\n)", "wait for the {x}", "You decide to wait", "room {x}"),
+    (rf"(?:wait1?\n)+(?=focus on {X}\n)", "wait for the {x}", "You decide to wait", "room {x}"),
     (r"(?:wait1\n)+(?:look around\n|$)", "wait and look around", "is called ", ""),
     (rf"{_SELF}wait1?\n", "wait", "You decide to wait", ""),
-    (rf"examine {X}\nuse thermometer.+\nwait1?\n", "cool the {x}", "You decide to wait", ""),
     (rf"(?:examine {X}\n(?:use thermometer.+\n|$)|use thermometer(?: in inventory)? on {Y}\n)",
         "measure the temperature of the {x}", "measures a temperature of", ""),
     (rf"{_SELF}use shovel.*\npick up {X}\n", "dig up the {x}", "the {x} to the inventory", "inventory {x}"),

@@ -273,7 +273,7 @@ def test_progress_text_is_pure():
     inputs = [
         ("get the metal pot", "None", "open cupboard", "The cupboard is now open."),
         (
-            "cool the water",
+            "wait",
             "temperature: 10 degrees celsius.",
             "wait",
             "You decide to wait for 10 iterations.",

@@ -299,6 +299,35 @@ def test_a_room_is_looked_at_once_unless_time_passed():
     assert scripted.without_detours(path) == kept
 
 
+def test_a_gardener_waits_ten_ticks_at_once_and_waters_twice():
+    water = ["activate sink", "move jug to sink", "pour jug into flower pot 3", "deactivate sink"]
+    ticks = ["wait1"] * 5 + ["look around"]
+    path = ["go to greenhouse", "look around", *water, *ticks, *water, *ticks, *water, "open bee hive"]
+    path += [*ticks, *water, "focus on banana on banana tree", "0", *ticks, "wait1"]
+    kept = ["go to greenhouse", "look around", *water, "wait", *water, "wait", "open bee hive", "wait"]
+    kept += ["wait"] * 3 + ["focus on banana on banana tree"]
+    assert scripted.without_idling(path, measures=False) == kept
+
+
+def test_who_is_not_asked_to_measure_waits_for_as_many_ticks():
+    looks = ["examine ice", "use thermometer in inventory on ice"]
+    path = ["focus on ice", "activate stove", *looks * 11, "pick up pot", *looks, "wait", *looks, "wait"]
+    kept = ["focus on ice", "activate stove", *looks, "wait", "wait", "pick up pot", *looks, "wait", "wait"]
+    assert scripted.without_idling(path, measures=False) == kept + ["wait"] * 3
+    assert scripted.without_idling(path, measures=True) == path + ["wait"] * 3
+    assert scripted.without_idling(["go to den", "wait1", "wait1"], True) == ["go to den"] + ["wait1"] * 2
+
+
+@pytest.mark.parametrize(
+    "task, variation, before", [("grow-fruit", 3, 72), ("boil", 12, 86), ("freeze", 5, 59)]
+)
+def test_gold_comes_to_its_end_within_fifty_steps_where_it_idled(task, variation, before):
+    with EnvPool("scienceworld", 1, workers=1, max_steps=10**6) as pool:
+        (path,) = scripted.play_gold(pool, [(task, variation)], "scienceworld")
+    assert path.success and len(path.turns) <= 50 < before
+    assert not any(t.obs.startswith("Ambiguous") and not t.action.isdigit() for t in path.turns)
+
+
 def test_gold_names_the_buzzer_whole_and_what_is_held_in_short():
     panel = [("test-conductivity", 495), ("use-thermometer", 0)]
     with EnvPool("scienceworld", 1, workers=1, max_steps=10**6) as pool:
