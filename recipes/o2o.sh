@@ -15,7 +15,7 @@ type=$1 seeds=${2:-"0 1 2"} arms=${3:-"glider awac ac"} online=${4:---env-steps 
 out=out/o2o/$type base=base/held_out python=.venv/bin/python threads="--threads ${THREADS:-2}" train="--threads ${THREADS:-2} --compile" env=""
 declare -A sft=([find-animal]="--epochs 1.5" [boil]="--epochs 6 --lr 2e-3" [test-conductivity]="--epochs 12 --lr 2e-3" [heat]="--epochs 5")
 declare -A rename=([test-conductivity]=1 [boil]=1)  # their families know few substances: other names always, in RL too
-declare -A give_up=([boil]=12)  # its expert measures the temperature ten times
+declare -A give_up=([boil]=8)  # its expert waits six times
 practice="--practice out/o2o/practice.jsonl $out/stumbles.jsonl"
 flat_sft="--flat --practice $out/stumbles.jsonl"
 [ "$type" != heat ] || { base=base env="--env alfworld --workers 0" practice="" flat_sft="--flat"; }
