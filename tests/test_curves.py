@@ -1,4 +1,4 @@
-"""recipes/curves.py and main.py: what the seeds reached, by hand; the flags of the online recipes exist."""
+"""recipes/: curves.py and main.py by hand, tokens.py beside training's batches, the flags of the online recipes."""
 
 import json
 import re
@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 import tyro
 
+import annotate
 import train_hiper
 import train_o2o
-from recipes import curves
+from batches import collate
+from data import Episode, Turn, read_episodes, transitions, write_episodes
+from model import load_backbone
+from recipes import curves, tokens
 from recipes import main as main_table
 
 ROOT = Path(__file__).parent.parent
@@ -91,3 +95,39 @@ def test_a_row_is_the_mean_over_seeds_of_types_or_of_games_and_what_is_missing_i
     assert f"not run yet: {tmp_path}/glider/seed*/results/orl.json" in said
     with pytest.raises(ValueError, match="run recipes/main.sh first"):
         main_table.main(main_table.Config(tmp_path / "empty", tmp_path / "x.json"))
+
+
+# --- tokens per step ----------------------------------------------------------------------------------------
+def test_a_step_costs_what_its_decisions_read_and_write(tmp_path, capsys):
+    turns = [
+        Turn(
+            f"{'It is warm.' * (t > 0)}\n\nThis room is called the kitchen.\n\nIn your inventory, you see:",
+            a,
+            "",
+            0.0,
+            t == 2,
+            False,
+        )
+        for t, a in enumerate(["wait", "wait", "wait"])
+    ]
+    episode = Episode(
+        "scienceworld", "boil", 0, "Boil it.", turns, final_obs="The end.", score=100.0, success=True
+    )
+    write_episodes(tmp_path / "gold.jsonl", [annotate.annotate(episode)])
+    out = tmp_path / "tokens.json"
+    result = tokens.main(tokens.Config(tmp_path / "gold.jsonl", out, steps=(1, 2, 3)))
+    assert (
+        json.loads(out.read_text())["agents"] == result["agents"]
+        and "full history, flat: " in capsys.readouterr().out
+    )
+    _, tokenizer = load_backbone("base")
+    (stored,) = read_episodes(tmp_path / "gold.jsonl")
+    for agent, (history, is_flat) in tokens.AGENTS.items():
+        asked = transitions(annotate.flat(stored) if is_flat else stored, history, flat=is_flat)
+        batch = collate(asked, tokenizer)
+        total = sum(r["tokens"] + r["cached"] for r in result["agents"][agent])
+        assert total == batch.attention_mask.sum(), "as many as training sees"
+    flat = [r["tokens"] for r in result["agents"]["full history, flat"]]
+    assert flat[0] < flat[1] < flat[2], "it grows"
+    with pytest.raises(ValueError, match="no episode of .* has 9 steps: lower --steps"):
+        tokens.main(tokens.Config(tmp_path / "gold.jsonl", out, steps=(9,)))
