@@ -1,4 +1,4 @@
-"""recipes/: curves.py and main.py by hand, tokens.py beside training's batches, the flags of the online recipes."""
+"""recipes/: curves.py and main.py by hand, tokens.py beside training's batches, flags of online recipes."""
 
 import json
 import re
