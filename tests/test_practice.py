@@ -299,6 +299,21 @@ def test_a_room_is_looked_at_once_unless_time_passed():
     assert scripted.without_detours(path) == kept
 
 
+def test_what_is_searched_is_opened_in_one_order_until_it_is_found():
+    search = ["open oven", "open fridge", "open drawer in counter", "open freezer"]
+    found = ["open fridge", "open freezer"]
+    assert scripted.in_order(["get cup", *search, "focus on ice"]) == ["get cup", *found, "focus on ice"]
+    assert scripted.in_order(["open freezer", "focus on ice"]) == [*found, "focus on ice"]
+    elsewhere = ["open fridge", "open freezer", "open oven", "open drawer in counter", "go to den"]
+    assert scripted.in_order([*search, "go to den"]) == elsewhere
+    for path in (
+        ["open freezer", "move pot to freezer"],
+        ["open cupboard", "open oven", "activate oven"],
+        search[:1],
+    ):
+        assert scripted.in_order(path) == path
+
+
 def test_a_gardener_waits_ten_ticks_at_once_and_waters_twice():
     water = ["activate sink", "move jug to sink", "pour jug into flower pot 3", "deactivate sink"]
     ticks = ["wait1"] * 5 + ["look around"]
