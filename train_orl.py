@@ -27,7 +27,7 @@ from learner import Learner
 from model import hidden_states, lm_of, load_policy, refuse_format, save_policy, trainable_state
 from readings import PRESETS, RLConfig
 from renaming import OtherNames
-from run import Run, fail, gather, own_share, pick_device
+from run import Precision, Run, fail, fast_precision, gather, own_share, pick_device
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,9 @@ class Config:
     warmup_steps: int = 50  # first steps train the critics only (STEP-HRL: 100 of its smaller steps)
     batch_size: int = 64  # decisions per step
     tokens_per_forward: int = 4096  # padded tokens of a micro-batch
-    precision: Literal["bf16", "fp32"] = "bf16"  # of the matrix products; weights stay fp32 on CPU
+    precision: Precision = field(
+        default_factory=fast_precision
+    )  # of products; on CPU weights are fp32
     compile: bool = False  # compiled layers, faster after a minute or two; on CPU needs a C++ compiler
     gradient_checkpointing: bool = False  # less memory, more time
     save_every: int = 50  # steps between states for --resume

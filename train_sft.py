@@ -9,7 +9,7 @@ import functools
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -36,7 +36,16 @@ from model import (
 from plan_execute import TurnBatch, by_length, expert_turns
 from plan_execute import collate as collate_turns
 from renaming import OtherNames
-from run import Run, fail, own_share, pick_device, sum_gradients, sum_over_processes
+from run import (
+    Precision,
+    Run,
+    fail,
+    fast_precision,
+    own_share,
+    pick_device,
+    sum_gradients,
+    sum_over_processes,
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,9 @@ class Config:
     batch_size: int = 64  # decisions per step
     lr: float = 3e-3  # peak AdamW step size, decayed linearly to a tenth (papers: 1e-4 for 7-8B)
     tokens_per_forward: int = 4096  # padded tokens of a micro-batch
-    precision: Literal["bf16", "fp32"] = "bf16"  # of the matrix products; weights stay fp32 on CPU
+    precision: Precision = field(
+        default_factory=fast_precision
+    )  # of products; on CPU weights are fp32
     compile: bool = False  # compiled layers, faster after a minute or two; on CPU needs a C++ compiler
     gradient_checkpointing: bool = False  # less memory, more time
     save_every: int = 100  # steps between states for --resume

@@ -12,7 +12,11 @@ import pytest
 import torch
 
 import run
-from run import Run, fail, pick_device, provenance, seed_everything
+import train_hiper
+import train_o2o
+import train_orl
+import train_sft
+from run import Run, fail, fast_precision, pick_device, provenance, seed_everything
 
 
 @dataclass(frozen=True)
@@ -208,6 +212,22 @@ def test_auto_is_cuda_when_there_is_one(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
         assert pick_device() == device
         assert pick_device("cuda:1") == "cuda:1"
+
+
+@pytest.mark.parametrize(
+    "gpu,avx512_bf16,amx,precision",
+    [(0, 0, 0, "fp32"), (1, 0, 0, "bf16"), (0, 1, 0, "bf16"), (0, 0, 1, "bf16")],
+)
+def test_training_multiplies_in_bf16_where_the_machine_has_units_for_it(
+    gpu, avx512_bf16, amx, precision, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpu))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx512_bf16))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
+    assert fast_precision() == precision
+    for script in (train_sft, train_orl, train_o2o, train_hiper):
+        (default,) = [f.default_factory for f in dataclasses.fields(script.Config) if f.name == "precision"]
+        assert default() == precision
 
 
 def test_a_mistake_ends_a_script_with_one_line():
