@@ -46,9 +46,7 @@ class Config:
     warmup_steps: int = 50  # first steps train the critics only (STEP-HRL: 100 of its smaller steps)
     batch_size: int = 64  # decisions per step
     tokens_per_forward: int = 4096  # padded tokens of a micro-batch
-    precision: Precision = field(
-        default_factory=fast_precision
-    )  # of products; on CPU weights are fp32
+    precision: Precision = field(default_factory=fast_precision)  # of products; on CPU weights are fp32
     compile: bool = False  # compiled layers, faster after a minute or two; on CPU needs a C++ compiler
     gradient_checkpointing: bool = False  # less memory, more time
     save_every: int = 50  # steps between states for --resume

@@ -67,9 +67,7 @@ class Config:
     batch_size: int = 64  # decisions per step
     lr: float = 3e-3  # peak AdamW step size, decayed linearly to a tenth (papers: 1e-4 for 7-8B)
     tokens_per_forward: int = 4096  # padded tokens of a micro-batch
-    precision: Precision = field(
-        default_factory=fast_precision
-    )  # of products; on CPU weights are fp32
+    precision: Precision = field(default_factory=fast_precision)  # of products; on CPU weights are fp32
     compile: bool = False  # compiled layers, faster after a minute or two; on CPU needs a C++ compiler
     gradient_checkpointing: bool = False  # less memory, more time
     save_every: int = 100  # steps between states for --resume
