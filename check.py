@@ -14,7 +14,7 @@ from acting import Policy, Request
 from alfworld_games import SPLITS, read_games
 from envs import EnvPool, read_panel
 from model import load_backbone
-from run import pick_device
+from run import fast_precision, pick_device
 from scripted import play_gold
 
 OFFICIAL = {"train": 3553, "valid_seen": 140, "valid_unseen": 134}  # solvable games of alfworld-download
@@ -23,7 +23,8 @@ OFFICIAL = {"train": 3553, "valid_seen": 140, "valid_unseen": 134}  # solvable g
 def device() -> str:
     name, versions = pick_device("auto"), f"Python {platform.python_version()}, torch {torch.__version__}"
     if name == "cpu":
-        return f"{versions}: {torch.get_num_threads()} CPU threads; no CUDA device, and none is needed"
+        threads = f"{torch.get_num_threads()} CPU threads that multiply in {fast_precision()}"
+        return f"{versions}: {threads}; no CUDA device, and none is needed"
     square = torch.ones(64, 64, device=name, dtype=torch.bfloat16)
     (square @ square).sum().item()
     memory = torch.cuda.get_device_properties(0).total_memory / 2**30

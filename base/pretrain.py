@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import prompts  # noqa: E402
 from data import Episode, read_episodes  # noqa: E402
 from renaming import NUMBERED, new_names, rename, visible  # noqa: E402
-from run import pick_device, provenance  # noqa: E402
+from run import fast_precision, pick_device, provenance  # noqa: E402
 from scripted import visible_names  # noqa: E402
 
 
@@ -250,7 +250,7 @@ def main(config: Config) -> None:
         step, seen, seconds, epoch = saved["step"], saved["seen"], saved["seconds"], saved["epoch"]
 
     def loss_of(rows: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=fast_precision() == "bf16"):
             return model(input_ids=rows, labels=rows).loss
 
     def evaluate() -> tuple[float, float]:
