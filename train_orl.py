@@ -24,7 +24,16 @@ from data import Credit, Transition, read_episodes
 from diagnostics import Watch
 from hierarchy import MAX_NEW_TOKENS, episode_seed
 from learner import Learner
-from model import hidden_states, lm_of, load_policy, refuse_format, save_policy, trainable_state
+from model import (
+    add_lora,
+    fingerprint,
+    hidden_states,
+    lm_of,
+    load_policy,
+    refuse_format,
+    save_policy,
+    trainable_state,
+)
 from readings import PRESETS, RLConfig
 from renaming import OtherNames
 from run import Precision, Run, fail, fast_precision, gather, own_share, pick_device
@@ -39,6 +48,7 @@ class Config:
     preset: Literal["none", *PRESETS] = "none"  # readings that go together: a paper as printed, or its code
     rl: RLConfig = field(default_factory=RLConfig)  # the gradient step
     credit: Credit = field(default_factory=Credit)  # rewards of executor and progress
+    rank: int = 16  # of LoRA where SFT trained all weights, which then stay; 0 trains them on
     rename: float = 0.0  # probability that an expert's decision is shown under other names (train_sft.py)
     expert_share: float = 1.0  # expert : rollout ratio, first number (papers: 1)
     rollout_share: float = 2.0  # expert : rollout ratio, second number (papers: 2)
@@ -101,6 +111,13 @@ def main(config: Config) -> None:
     run = Run(
         config.out, config, config.resume
     )  # seeds; after the inputs are read, so a wrong path leaves no folder
+    if meta["rank"] == 0 and config.rank:  # what SFT taught to all weights is the backbone from here on
+        backbone, base = config.out / "backbone", fingerprint(policy, tokenizer)
+        if run.writes:
+            policy.save_pretrained(backbone)
+            tokenizer.save_pretrained(backbone)
+        meta |= {"model": str(backbone), "base": base, "rank": config.rank}
+        policy = add_lora(policy, config.rank).train()
     if run.writes:
         print({name: len(pool) for name, pool in pools.items()})
     critics = Critics(lm_of(policy).config.hidden_size).to(device)

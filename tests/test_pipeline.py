@@ -30,7 +30,7 @@ from critic import load_critics
 from data import LEVELS, Credit, read_episodes, transitions, write_episodes
 from learner import Learner
 from logprob import head_weight, sequence_logprobs
-from model import hidden_states, load_policy
+from model import hidden_states, load_backbone, load_policy, without_adapters
 from readings import PRESETS, RLConfig
 from viewer import article
 
@@ -364,6 +364,23 @@ def test_orl_starts_from_sft_and_moves_it(w, tmp_path):
     before, still, after = adapter(w.sft), adapter(tmp_path / "still"), adapter(w.orl)
     assert all(torch.equal(before[name], still[name]) for name in before), "warm-up trains the critics only"
     assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_orl_of_all_weights_learns_an_adapter_on_top_of_them(w, tmp_path):
+    sft(w, tmp_path / "sft", rank=0)
+    orl(w, tmp_path / "orl", init=tmp_path / "sft", rank=4)
+    taught, _, _ = load_policy(tmp_path / "sft", trainable=True)
+    policy, tokenizer, meta = load_policy(tmp_path / "orl", trainable=True)
+    assert (meta["stage"], meta["rank"], meta["model"]) == ("orl", 4, str(tmp_path / "orl/backbone"))
+    lm, _ = load_backbone(str(tmp_path / "orl/backbone"))
+    ids = torch.randint(3, len(tokenizer), (2, 9))
+    with torch.no_grad():
+        before, after = hidden_states(taught, ids), hidden_states(policy, ids)
+        assert torch.equal(hidden_states(lm, ids), before), "the backbone is what SFT taught"
+        with without_adapters(policy):
+            assert torch.equal(hidden_states(policy, ids), before) and not torch.equal(after, before)
+    orl(w, tmp_path / "all", init=tmp_path / "sft", rank=0)
+    assert load_policy(tmp_path / "all")[2]["rank"] == 0 and not (tmp_path / "all/backbone").exists()
 
 
 def test_orl_saves_critics_that_load_and_that_its_targets_follow(w):
