@@ -13,14 +13,14 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 type=$1 seeds=${2:-"0 1 2"} arms=${3:-"glider awac ac"} online=${4:---env-steps 10000}
 out=out/o2o/$type base=base/held_out python=.venv/bin/python threads="--threads ${THREADS:-2}" train="--threads ${THREADS:-2} --compile" env=""
-declare -A sft=([find-animal]="--epochs 1.5" [boil]="--epochs 6 --lr 2e-3" [test-conductivity]="--epochs 12 --lr 2e-3" [heat]="--epochs 5")
+declare -A epochs=([find-animal]=1.5 [boil]=3 [test-conductivity]=6 [heat]=5)
 declare -A rename=([test-conductivity]=1 [boil]=1)  # their families know few substances: other names always, in RL too
 declare -A give_up=([boil]=8)  # its expert waits six times
 practice="--practice out/o2o/practice.jsonl $out/stumbles.jsonl"
 flat_sft="--flat --practice $out/stumbles.jsonl"
 [ "$type" != heat ] || { base=base env="--env alfworld --workers 0" practice="" flat_sft="--flat"; }
 resume() { if [ -f "$1/config.json" ]; then echo --resume; fi; }
-# Why these flags: docs/log.md.
+# Why these flags, and why SFT trains all weights (of the planner an adapter learns online): docs/log.md.
 declare -A credit=([boil]="--credit.clip-failure")  # its substances are new: who loses 100 points by trying learns not to try
 critic="--credit.limit end ${credit[$type]:-} --rl.expectile 0.5 --rl.gamma 0.95 --rl.critic-lr 1e-3"
 update="$critic --rl.temperature 0.05 --rl.actor-lr 5e-4 --batch-size 16 --updates 4 --online-share 2"
@@ -41,7 +41,7 @@ start() { # folder, flags of SFT: to the checkpoint that goes online
   [[ $extra != *practice.jsonl* ]] ||
     $python collect.py --source practice --panel without --limit 30 --max-steps 40 --out out/o2o/practice.jsonl
   [ -f "$out/$1/sft/policy.json" ] || $python train_sft.py --model $base --data "$out/gold.jsonl" --out "$out/$1/sft" --rename "${rename[$type]:-0.5}" \
-    ${sft[$type]} $train $extra $(resume "$out/$1/sft")
+    --epochs "${epochs[$type]}" --rank 0 --batch-size 16 --lr 1e-3 $train $extra $(resume "$out/$1/sft")
   $python collect.py --source policy $env --panel "$type-family" --limit 15 --checkpoint "$out/$1/sft" --out "$out/$1/rollouts.jsonl" $threads
   $python train_orl.py --init "$out/$1/sft" --expert "$out/gold.jsonl" \
     --rollouts "$out/$1/rollouts.jsonl" --out "$out/$1/orl" --steps 150 --warmup-steps 80 --rename "${rename[$type]:-0}" \
