@@ -73,7 +73,7 @@ def pick_device(device: str = "auto") -> str:
 
 
 def fast_precision() -> Precision:
-    """bf16 on a GPU and a CPU with units for it; elsewhere fp32: such a CPU took 54 times as long in bf16."""
+    """bf16 on a GPU and a CPU with units for it; elsewhere fp32, many times as fast there (docs/log.md)."""
     has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16" if torch.cuda.is_available() or has_units else "fp32"
 

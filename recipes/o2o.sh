@@ -4,7 +4,7 @@
 #   recipes/o2o.sh find-animal "0 1 2" "glider awac ac"     # or boil, test-conductivity; then
 #   python recipes/curves.py --folder results/online/find-animal --arms glider awac ac --out results/o2o_find-animal
 # glider: only the planner learns online, by the returns that followed; glider_q: by Q as GLIDER's eq. 7. oracle: no learning, an expert at one level. replay, nothing: what is frozen instead (train_o2o.py --frozen).
-# awac, ac: flat agents, all of whose weights learn, no exploration; awac has the same update, ac is on-policy. The seeds of an arm are those of its online stage: they share one start.
+# awac, ac: flat agents, nothing of which is frozen (its one adapter learns), no exploration; awac has the same update, ac is on-policy. The seeds of an arm are those of its online stage: they share one start.
 # `heat` is ALFWorld, official games: the offline data lack the verb, the base has read it ($ALFWORLD_DATA).
 # Resumable: what is done is skipped. The evaluations of a finished run are kept in results/online/<type>/<arm>/seed<k>/, those made here
 # so far are in the repository: remove one to run it again.
