@@ -36,8 +36,8 @@ class Config:
 SPLIT = {"scienceworld": "dev", "alfworld": "valid_seen"}
 WORKERS = {"scienceworld": "", "alfworld": "--workers 0"}
 SFT = {
-    "scienceworld": "--rename 0.5 --practice {out}/stumbles.jsonl",
-    "alfworld": "--epochs 1.5 --shares 1 2 2",
+    "scienceworld": "--rank 0 --lr 1e-3 --epochs 2 --rename 0.5 --practice {out}/stumbles.jsonl",
+    "alfworld": "--rank 0 --lr 1e-3 --epochs 1.5 --shares 1 2 2",
 }
 ORL = {"scienceworld": "", "alfworld": "--warmup-steps 200 --steps 260"}
 ROLLOUTS = {"scienceworld": "--limit 20", "alfworld": "--limit 40 --workers 0"}

@@ -6,11 +6,13 @@ L_SFT = -E_D[(1/n) sum_i log pi(w_i | s, w_<i)]  (GLIDER, arXiv:2505.19761, eq. 
 """
 
 import functools
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 import torch
@@ -41,6 +43,7 @@ from run import (
     Run,
     fail,
     fast_precision,
+    gather,
     own_share,
     pick_device,
     sum_gradients,
@@ -58,14 +61,14 @@ class Config:
     flat: bool = False  # no planner: one subtask per episode, the task itself
     plan_execute: bool = False  # HiPER's format instead of three roles: keep or switch the subgoal, then act
     adapters: Literal["shared", "separate"] = "shared"  # one adapter for all roles, or one each
-    rank: int = 16  # LoRA rank; 0 trains all weights
+    rank: int = 16  # LoRA rank; 0 trains all weights: better for a small model (`base`), with --lr 1e-3
     targets: Literal["all", "attention"] = "all"  # linear layers that get LoRA; the papers use attention only
     epochs: float = 3.0  # decisions drawn, in units of those of --data; 0 saves the untrained adapter
     shares: tuple[float, float, float] = (2.0, 2.0, 1.0)  # of planner, executor and progress in what is drawn
     practice: tuple[Path, ...] = ()  # what collect.py --source stumble and practice made: learned from too
     rename: float = 0.0  # probability that a decision is shown under other names of what its prompt names
-    batch_size: int = 64  # decisions per step
-    lr: float = 3e-3  # peak AdamW step size, decayed linearly to a tenth (papers: 1e-4 for 7-8B)
+    batch_size: int = 16  # decisions per step
+    lr: float = 2e-3  # peak AdamW step size, decayed linearly to a tenth (papers: 1e-4 for 7-8B)
     tokens_per_forward: int = 4096  # padded tokens of a micro-batch
     precision: Precision = field(default_factory=fast_precision)  # of products; on CPU weights are fp32
     compile: bool = False  # compiled layers, faster after a minute or two; on CPU needs a C++ compiler
@@ -128,21 +131,34 @@ def by_level_and_task(decisions: list[Transition], shares: tuple[float, float, f
     return pools, ratios
 
 
-def sft_loss(policy, batch, count: int, hidden_fn=hidden_states) -> torch.Tensor:
-    """Sum over decisions of the mean token loss / the global count. Padding and prompts carry no loss."""
+def sft_loss(policy, batch, count: int, hidden_fn=hidden_states) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum over decisions of the mean token loss / the global count, and log pi of each answer (B,).
+
+    Padding and prompts carry no loss.
+    """
     hidden = hidden_fn(policy, batch.input_ids, batch.level)  # (B, T, D)
     weight, bias = head_weight(policy.get_output_embeddings(), policy.config)
     _, sums = sequence_logprobs(hidden, weight, batch.input_ids, batch.action_mask, bias=bias)  # (B,)
-    return -(sums / batch.action_mask.sum(1)).sum() / count
+    return -(sums / batch.action_mask.sum(1)).sum() / count, sums.detach()
 
 
-def turn_loss(policy, batch: TurnBatch, count: int, hidden_fn=hidden_states) -> torch.Tensor:
+def turn_loss(
+    policy, batch: TurnBatch, count: int, hidden_fn=hidden_states
+) -> tuple[torch.Tensor, torch.Tensor]:
     """sft_loss of plan-execute turns: what the host inserts carries no loss."""
     hidden = hidden_fn(policy, batch.input_ids, torch.zeros(len(batch.part)))  # (B, T, D)
     weight, bias = head_weight(policy.get_output_embeddings(), policy.config)
     decided = batch.part > 0
     _, sums = sequence_logprobs(hidden, weight, batch.input_ids, decided, bias=bias)  # (B,)
-    return -(sums / decided.sum(1)).sum() / count
+    return -(sums / decided.sum(1)).sum() / count, sums.detach()
+
+
+def said(answers: list[tuple[str, float]]) -> dict[str, float]:
+    """(level, log pi of the expert's answer) -> level/said: its mean probability."""
+    by_level = {}
+    for level, logp in sorted(answers):
+        by_level.setdefault(f"{level}/said", []).append(math.exp(logp))
+    return {name: fmean(probabilities) for name, probabilities in by_level.items()}
 
 
 def main(config: Config) -> None:
@@ -180,15 +196,16 @@ def main(config: Config) -> None:
     other_names = OtherNames(episodes, tokenizer, config.rename)
     hidden_fn = functools.partial(hidden_states, precision=config.precision, compile=config.compile)
 
-    def losses(items: list) -> Iterator[torch.Tensor]:
-        """The parts of the loss of a batch, one forward each."""
+    def losses(items: list) -> Iterator[tuple[list[str], torch.Tensor, torch.Tensor]]:
+        """A batch in parts, one forward each: levels of the answers, loss, log pi."""
         if config.plan_execute:
             for group in own_share(by_length(items, encode, config.tokens_per_forward)):
                 batch = collate_turns([items[i] for i in group], encode).to(device)
-                yield turn_loss(policy, batch, len(items), hidden_fn)
+                yield ["turn"] * len(group), *turn_loss(policy, batch, len(items), hidden_fn)
         else:
             for part in own_share(micro_batches(items, tokenizer, config.tokens_per_forward)):
-                yield sft_loss(policy, collate(part, tokenizer).to(device), len(items), hidden_fn)
+                batch = collate(part, tokenizer).to(device)
+                yield [t.level for t in part], *sft_loss(policy, batch, len(items), hidden_fn)
 
     run = Run(
         config.out, config, config.resume
@@ -222,20 +239,22 @@ def main(config: Config) -> None:
             rate = min(1.0, (step + 1) / 20) * (1 - 0.9 * step / steps)  # short warm-up, linear decay
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * rate
-            items, loss = sampler.batch(config.batch_size), 0.0
+            items, loss, answers = sampler.batch(config.batch_size), 0.0, []
             if config.rename:
                 items = other_names(items, f"{config.seed}/{step}")
-            for partial in losses(items):
+            for levels, partial, logp in losses(items):
                 partial.backward()
                 loss += partial.item()
-            loss = sum_over_processes(loss)
+                answers += zip(levels, logp.tolist(), strict=True)
+            loss, answers = sum_over_processes(loss), gather(answers)
             sum_gradients(parameters)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True).item()
             optimizer.step()
             optimizer.zero_grad()
             if step % 10 == 0 or step == steps - 1:
                 bar.set_postfix(loss=f"{loss:.3f}")
-                run.log(step + 1, {"train/loss": loss, "train/grad_norm": norm, "train/lr": config.lr * rate})
+                metrics = {"train/loss": loss, "train/grad_norm": norm, "train/lr": config.lr * rate}
+                run.log(step + 1, metrics | said(answers))
             if (step + 1) % config.save_every == 0:
                 save(step + 1)
     except KeyboardInterrupt:

@@ -144,7 +144,7 @@ script(
 )
 script(
     f"train_sft.py --model base/held_out --data {OUT}/gold.jsonl --practice {OUT}/practice.jsonl "
-    f"{OUT}/stumbles.jsonl --rename 0.5 --epochs {0.1 if SHORT else 1.5} --out {OUT}/sft",
+    f"{OUT}/stumbles.jsonl --rank 0 --lr 1e-3 --rename 0.5 --epochs {0.1 if SHORT else 1} --out {OUT}/sft",
     "sft/policy.json",
 )
 

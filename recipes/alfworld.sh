@@ -18,7 +18,7 @@ $python collect.py --source gold $data --out "$out/gold.jsonl"
 for seed in $seeds; do
   run=$out/seed$seed
   [ -f "$run/sft/policy.json" ] ||
-    $python train_sft.py --data "$out/gold.jsonl" --out "$run/sft" --seed "$seed" $train $sft_flags $(resume "$run/sft")
+    $python train_sft.py --data "$out/gold.jsonl" --rank 0 --lr 1e-3 --out "$run/sft" --seed "$seed" $train $sft_flags $(resume "$run/sft")
   evaluate sft_seen valid_seen "--checkpoint $run/sft"
   $python collect.py --source policy $data --limit 60 --checkpoint "$run/sft" --out "$run/rollouts.jsonl" --seed "$seed" $threads
   [ -f "$run/orl/policy.json" ] ||

@@ -19,7 +19,7 @@ esac
 start() {
   [ ! -f $out/sft/policy.json ] || return 0
   $python collect.py --source gold --env $world $gold --out $out/gold.jsonl
-  $python train_sft.py --plan-execute --data $out/gold.jsonl --out $out/sft --epochs $epochs $threads $(resume $out/sft)
+  $python train_sft.py --plan-execute --data $out/gold.jsonl --out $out/sft --epochs $epochs --batch-size 64 --lr 3e-3 $threads $(resume $out/sft)
 }
 for seed in $seeds; do
   for arm in $arms; do

@@ -41,7 +41,7 @@ start() { # folder, flags of SFT: to the checkpoint that goes online
   [[ $extra != *practice.jsonl* ]] ||
     $python collect.py --source practice --panel without --limit 30 --max-steps 40 --out out/o2o/practice.jsonl
   [ -f "$out/$1/sft/policy.json" ] || $python train_sft.py --model $base --data "$out/gold.jsonl" --out "$out/$1/sft" --rename "${rename[$type]:-0.5}" \
-    --epochs "${epochs[$type]}" --rank 0 --batch-size 16 --lr 1e-3 $train $extra $(resume "$out/$1/sft")
+    --epochs "${epochs[$type]}" --rank 0 --lr 1e-3 $train $extra $(resume "$out/$1/sft")
   $python collect.py --source policy $env --panel "$type-family" --limit 15 --checkpoint "$out/$1/sft" --out "$out/$1/rollouts.jsonl" $threads
   $python train_orl.py --init "$out/$1/sft" --expert "$out/gold.jsonl" \
     --rollouts "$out/$1/rollouts.jsonl" --out "$out/$1/orl" --steps 150 --warmup-steps 80 --rename "${rename[$type]:-0}" \

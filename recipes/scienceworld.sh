@@ -17,7 +17,7 @@ $python collect.py --source stumble --panel "$panel" --gold "$out/gold.jsonl" --
 for seed in $seeds; do
   run=$out/seed$seed
   [ -f "$run/sft/policy.json" ] ||
-    $python train_sft.py --data "$out/gold.jsonl" --rename 0.5 --practice "$out/stumbles.jsonl" --out "$run/sft" \
+    $python train_sft.py --data "$out/gold.jsonl" --rank 0 --lr 1e-3 --rename 0.5 --practice "$out/stumbles.jsonl" --out "$run/sft" \
       --seed "$seed" $train $sft_flags $(resume "$run/sft")
   [ -f "$run/results/sft.json" ] ||
     $python eval.py --panel "$panel" --checkpoint "$run/sft" --name sft --out "$run" --seed "$seed" $threads

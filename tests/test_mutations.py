@@ -266,8 +266,8 @@ def sft_ignores_padding():
     from train_sft import sft_loss
 
     policy, items = tiny_policy(), ragged()
-    alone = sum(sft_loss(policy, batch_of([item]), 8) for item in items)
-    torch.testing.assert_close(sft_loss(policy, batch_of(items), 8), alone)
+    alone = sum(sft_loss(policy, batch_of([item]), 8)[0] for item in items)
+    torch.testing.assert_close(sft_loss(policy, batch_of(items), 8)[0], alone)
 
 
 # --- checks: the step ---------------------------------------------------------------------------------------

@@ -748,6 +748,9 @@ def test_an_overfitted_policy_replays_its_gold_path_in_the_simulator(w, tmp_path
     train_sft.main(config)
     loss = metrics(tmp_path / "sft")["train/loss"]
     assert loss[0] > 2 and loss[-1] < 0.05
+    for level in LEVELS:
+        said = metrics(tmp_path / "sft")[f"{level}/said"]
+        assert said[0] < 0.01 and 0.8 < said[-1] <= 1
     result = evaluate(w, "overfit", checkpoint=tmp_path / "sft", panel="one", max_steps=50)
     (episode,) = read_episodes(w.root / "eval/episodes/overfit.jsonl")
     assert [t.action for t in episode.turns] == [t.action for t in gold.turns]
