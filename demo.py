@@ -36,7 +36,7 @@ class Config:
 SPLIT = {"scienceworld": "dev", "alfworld": "valid_seen"}
 WORKERS = {"scienceworld": "", "alfworld": "--workers 0"}
 SFT = {
-    "scienceworld": "--rank 0 --lr 1e-3 --epochs 2 --rename 0.5 --practice {out}/stumbles.jsonl",
+    "scienceworld": "--rank 0 --lr 1e-3 --rename 0.5 --practice {out}/stumbles.jsonl",
     "alfworld": "--rank 0 --lr 1e-3 --epochs 1.5 --shares 1 2 2",
 }
 ORL = {"scienceworld": "", "alfworld": "--warmup-steps 200 --steps 260"}

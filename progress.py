@@ -32,7 +32,7 @@ def planner_prompt(episode, start: int, obs: str, history: History = "progress")
     if history == "progress":
         names = "; ".join(s.subtask for s in finished) or "none"
         memory = (
-            f"Finished: {names}\nProgress: {finished[-1].final_progress if finished else prompts.NO_PROGRESS}"
+            f"Progress: {finished[-1].final_progress if finished else prompts.NO_PROGRESS}\nFinished: {names}"
         )
     else:
         lines = [

@@ -4,6 +4,7 @@ Three roles on one backbone, told apart by the first words of the prompt (STEP-H
     planner   g_k ~ pi^h(. | task, finished subtasks, final progress, obs)
     executor  (a_t, done_t) ~ pi^l(. | subtask, progress, obs)
     progress  p_{t+1} ~ pi^p(. | subtask, progress, a_t, feedback)
+What an answer follows from most stands last: a small model reads it sooner there.
 """
 
 import re
@@ -90,17 +91,14 @@ def render(obs: str) -> str:
 # --- the three roles ------------------------------------------------------------------------------------
 def planner(description: str, memory: str, obs: str) -> str:
     """State of pi^h; `memory` (progress.py) tells what happened so far."""
-    return (
-        f"Plan the next subtask.\nTask: {compact(description)}\n{memory}\n"
-        f"Observation: {render(obs)}\nSubtask:"
-    )
+    return f"Plan the next subtask.\nObservation: {render(obs)}\nTask: {compact(description)}\n{memory}\nSubtask:"
 
 
 def executor(subtask: str, memory: str, obs: str) -> str:
     """State of pi^l. It never sees the task, so skills carry over between tasks."""
     return (
-        f"Act on the subtask and say if it is then done.\nSubtask: {subtask}\n{memory}\n"
-        f"Observation: {render(obs)}\nAction:"
+        f"Act on the subtask and say if it is then done.\nObservation: {render(obs)}\n{memory}\n"
+        f"Subtask: {subtask}\nAction:"
     )
 
 

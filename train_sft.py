@@ -64,7 +64,7 @@ class Config:
     rank: int = 16  # LoRA rank; 0 trains all weights: better for a small model (`base`), with --lr 1e-3
     targets: Literal["all", "attention"] = "all"  # linear layers that get LoRA; the papers use attention only
     epochs: float = 3.0  # decisions drawn, in units of those of --data; 0 saves the untrained adapter
-    shares: tuple[float, float, float] = (2.0, 2.0, 1.0)  # of planner, executor and progress in what is drawn
+    shares: tuple[float, float, float] = (3.0, 2.0, 1.0)  # of planner, executor and progress in what is drawn
     practice: tuple[Path, ...] = ()  # what collect.py --source stumble and practice made: learned from too
     rename: float = 0.0  # probability that a decision is shown under other names of what its prompt names
     batch_size: int = 16  # decisions per step
@@ -112,11 +112,12 @@ def hindsight(episode: Episode, history: str, is_flat: bool = False) -> list[Tra
 
 
 def by_level_and_task(decisions: list[Transition], shares: tuple[float, float, float]) -> tuple[dict, dict]:
-    """Pools and ratios for a Mixture: levels at `shares`, and within a level every task type alike.
+    """Pools and ratios for a Mixture: levels at `shares`, and within a level episodes of all types alike.
 
-    GLIDER too resamples every type to as many episodes; else types with few variations are hardly seen.
-    Exploration, which solves no task, is drawn as often as all types together, or what holds in a few tasks
-    alone would be learned as the rule; stumbles belong to the type whose path they are in.
+    As GLIDER, which resamples every type to as many episodes: else types with few variations are hardly seen,
+    while a type with long plans has as many more decisions to learn. Exploration, which solves no task, is
+    drawn as often as all types together, or what holds in a few tasks alone would be learned as the rule;
+    stumbles belong to the type whose path they are in.
     """
     pools = {}
     for decision in decisions:
@@ -125,8 +126,10 @@ def by_level_and_task(decisions: list[Transition], shares: tuple[float, float, f
         pools.setdefault(f"{decision.level}/{task}", []).append(decision)
     ratios = {}
     for level, share in zip(LEVELS, shares, strict=True):
-        own = [name for name in pools if name.startswith(f"{level}/")]
-        parts = {name: max(1, len(own) - 1) if name.endswith("/practice") else 1 for name in own}
+        own = {name: pool for name, pool in pools.items() if name.startswith(f"{level}/")}
+        parts = {name: len(pool) / len({t.episode_id for t in pool}) for name, pool in own.items()}
+        if (practice := f"{level}/practice") in parts:
+            parts[practice] = sum(part for name, part in parts.items() if name != practice) or 1
         ratios |= {name: share * part / sum(parts.values()) for name, part in parts.items()}
     return pools, ratios
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -601,14 +602,14 @@ def test_returns_of_many_episodes_are_those_of_each():
 
 # --- history modes ------------------------------------------------------------------------------------------
 def memory(prompt):
-    return prompt.split("\n", 2)[2].partition("\nObservation:")[0]
+    return re.search("^(Progress|History): .*(?=\nSubtask:)", prompt, re.DOTALL | re.MULTILINE)[0]
 
 
 def test_history_modes_of_the_planner_by_hand():
     episode = make_episode([{}] * 12, segments=tuple((2 * k, 2 * k + 2) for k in range(6)))
-    assert memory(planner_prompt(episode, 0, obs(0))) == "Finished: none\nProgress: None"
+    assert memory(planner_prompt(episode, 0, obs(0))) == "Progress: None\nFinished: none"
     assert memory(planner_prompt(episode, 0, obs(0), "full")) == "History: none"
-    assert memory(planner_prompt(episode, 4, obs(4))) == "Finished: goal 0; goal 1\nProgress: final 1"
+    assert memory(planner_prompt(episode, 4, obs(4))) == "Progress: final 1\nFinished: goal 0; goal 1"
     lines = [f"goal {k}: a{2 * k}, a{2 * k + 1}. said {2 * k + 2}" for k in range(6)]
     assert memory(planner_prompt(episode, 12, obs(12), "full")) == "History: " + "\n".join(lines)
     assert memory(planner_prompt(episode, 12, obs(12), "window")) == "History: " + "\n".join(lines[-WINDOW:])

@@ -260,7 +260,7 @@ def test_progress_starts_as_none_in_every_subtask_and_its_last_text_reaches_the_
     assert ["Progress: None\n" in p for p in policy.prompts("executor")] == [True, False, True, False]
     assert ["Progress: None\n" in p for p in policy.prompts("progress")] == [True, False, True]
     first, second = policy.prompts("planner")
-    assert "Finished: none\nProgress: None\n" in first and "Finished: goal 0\nProgress: p2\n" in second
+    assert "Progress: None\nFinished: none\n" in first and "Progress: p2\nFinished: goal 0\n" in second
 
 
 def test_empty_answers_become_none_and_the_episode_goes_on():

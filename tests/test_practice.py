@@ -50,7 +50,8 @@ def test_who_practises_answers_the_worlds_question_and_focuses_at_the_end(played
         t for e in map(annotate.practised, played[True]) for t in train_sft.hindsight(e, "progress")
         if t.level == "executor" and t.completion.startswith(" 0")
     ]  # fmt: skip
-    assert answers and all("Progress: None\nObservation: Ambiguous" in t.prompt for t in answers)
+    assert answers and all("\nProgress: None\n" in t.prompt for t in answers)
+    assert all("\nObservation: Ambiguous" in t.prompt for t in answers)
 
 
 def test_hindsight_keeps_what_was_verified_and_no_plans(played):

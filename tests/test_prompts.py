@@ -81,7 +81,7 @@ def test_render_shows_feedback_room_and_inventory_and_a_repeated_room_once():
 # --- the three roles ----------------------------------------------------------------------------------------
 def test_prompts_of_the_three_roles_begin_apart_and_end_where_the_answer_begins():
     texts = [
-        prompts.planner("Your task is to melt water.", "Finished: none\nProgress: None", OBS),
+        prompts.planner("Your task is to melt water.", "Progress: None\nFinished: none", OBS),
         prompts.executor("go to the kitchen", "Progress: None", OBS),
         prompts.progress("go to the kitchen", "None", "go to kitchen", "You move to the kitchen."),
     ]
