@@ -91,7 +91,10 @@ def render(obs: str) -> str:
 # --- the three roles ------------------------------------------------------------------------------------
 def planner(description: str, memory: str, obs: str) -> str:
     """State of pi^h; `memory` (progress.py) tells what happened so far."""
-    return f"Plan the next subtask.\nObservation: {render(obs)}\nTask: {compact(description)}\n{memory}\nSubtask:"
+    return (
+        f"Plan the next subtask.\nObservation: {render(obs)}\n"
+        f"Task: {compact(description)}\n{memory}\nSubtask:"
+    )
 
 
 def executor(subtask: str, memory: str, obs: str) -> str:
