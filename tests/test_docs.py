@@ -19,6 +19,7 @@ from diagnostics import ALARMS, PLAY_ALARMS, level_quantities
 from hiper import HiperConfig
 from learner import Decisions, losses
 from readings import PRESETS, RLConfig
+from train_sft import said
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
@@ -122,6 +123,7 @@ def test_pages_name_exactly_the_quantities_that_a_step_can_log():
     numbers = torch.tensor([-1.0, -2.0, -3.0, -5.0])
     d = Decisions(**{name: rows.get(name, numbers) for name in Decisions._fields})
     made = set(losses(d, RLConfig(conservative=1.0, actor="td3_bc"), 4)) | set(level_quantities(d, "sum"))
+    made |= {name.partition("/")[2] for name in said([("planner", -1.0)])}
     found = re.findall(r"`(level|actor|critic|" + "|".join(LEVELS) + r")/([\w*]+)`", METRICS)
     named = {quantity for level, quantity in found if level not in ("actor", "critic")} - {"logp_held"}
     assert {name for name in made if not any(fnmatch(name, pattern) for pattern in named)} == set()
