@@ -61,7 +61,7 @@ class Config:
     flat: bool = False  # no planner: one subtask per episode, the task itself
     plan_execute: bool = False  # HiPER's format instead of three roles: keep or switch the subgoal, then act
     adapters: Literal["shared", "separate"] = "shared"  # one adapter for all roles, or one each
-    rank: int = 16  # LoRA rank; 0 trains all weights: better for a small model (`base`), with --lr 1e-3
+    rank: int = 16  # LoRA rank; 0 trains all weights: a small model (`base`) learns faster so, at --lr 1e-3
     targets: Literal["all", "attention"] = "all"  # linear layers that get LoRA; the papers use attention only
     epochs: float = 3.0  # decisions drawn, in units of those of --data; 0 saves the untrained adapter
     shares: tuple[float, float, float] = (3.0, 2.0, 1.0)  # of planner, executor and progress in what is drawn
@@ -249,7 +249,7 @@ def main(config: Config) -> None:
                 partial.backward()
                 loss += partial.item()
                 answers += zip(levels, logp.tolist(), strict=True)
-            loss, answers = sum_over_processes(loss), gather(answers)
+            loss = sum_over_processes(loss)
             sum_gradients(parameters)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True).item()
             optimizer.step()
@@ -257,7 +257,7 @@ def main(config: Config) -> None:
             if step % 10 == 0 or step == steps - 1:
                 bar.set_postfix(loss=f"{loss:.3f}")
                 metrics = {"train/loss": loss, "train/grad_norm": norm, "train/lr": config.lr * rate}
-                run.log(step + 1, metrics | said(answers))
+                run.log(step + 1, metrics | said(gather(answers)))
             if (step + 1) % config.save_every == 0:
                 save(step + 1)
     except KeyboardInterrupt:

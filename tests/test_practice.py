@@ -116,6 +116,20 @@ def test_exploration_is_drawn_as_often_as_all_task_types_and_stumbles_with_their
     }  # fmt: skip
 
 
+def test_task_types_are_drawn_as_if_each_had_as_many_episodes():
+    def decisions(task, episodes, plans):
+        return [
+            Transition("planner", "p", " a", [], [], 0.0, 1, True, False, "", "planner", "expert",
+                       f"scienceworld/{task}/{k}", turn)
+            for k in range(episodes) for turn in range(plans)
+        ]  # fmt: skip
+
+    _, ratio = train_sft.by_level_and_task(
+        decisions("long", 1, 6) + decisions("short", 5, 2), (3.0, 2.0, 1.0)
+    )
+    assert ratio == pytest.approx({"planner/long": 3.0 * 6 / 8, "planner/short": 3.0 * 2 / 8})
+
+
 def test_practice_is_collected_with_subtasks_and_needs_a_hierarchy(tmp_path):
     file = tmp_path / "practice.jsonl"
     collect.main(collect.Config(file, "practice", limit=1, max_steps=6, slots=8, workers=1, threads=1))
