@@ -31,6 +31,7 @@ SHORT = {
     "train_o2o.py": f"{TRAIN} {PLAY} --env-steps 8 --max-steps 4 --dev-limit 1 --slots 2",
     "train_hiper.py": f"{CPU} --episodes 4 --per-iteration 2 --group 2 --warmup 1 --max-steps 3 --dev ''",
     "eval.py": f"{CPU} {PLAY} --max-steps 4",
+    "eval.py --agent gold": f"{CPU} {PLAY}",  # whole: exact.py reads what is solved
     "eval.py --check": "",
     "": "",
 }  # fmt: skip

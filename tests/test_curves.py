@@ -1,4 +1,4 @@
-"""recipes/: curves.py and main.py by hand, tokens.py beside training's batches, flags of online recipes."""
+"""recipes/: curves.py, main.py and exact.py by hand, tokens.py beside training's, flags of recipes."""
 
 import json
 import re
@@ -11,9 +11,9 @@ import annotate
 import train_hiper
 import train_o2o
 from batches import collate
-from data import Episode, Turn, read_episodes, transitions, write_episodes
+from data import Episode, Transition, Turn, read_episodes, transitions, write_episodes
 from model import load_backbone
-from recipes import curves, tokens
+from recipes import curves, exact, tokens
 from recipes import main as main_table
 
 ROOT = Path(__file__).parent.parent
@@ -131,3 +131,27 @@ def test_a_step_costs_what_its_decisions_read_and_write(tmp_path, capsys):
     assert flat[0] < flat[1] < flat[2], "it grows"
     with pytest.raises(ValueError, match="no episode of .* has 9 steps: lower --steps"):
         tokens.main(tokens.Config(tmp_path / "gold.jsonl", out, steps=(9,)))
+
+
+# --- exact answers ------------------------------------------------------------------------------------------
+def test_exact_answers_are_averaged_over_episodes_and_types_and_mistakes_are_counted():
+    def decision(level, completion):
+        return Transition(level, "p", completion, [], [], 0.0, 1, True, False, "", level, "expert", "e", 0)
+
+    episodes = [Episode("scienceworld", task, k, "") for k, task in enumerate(["boil", "boil", "melt"])]
+    decisions = [
+        [decision("planner", " get the soap"), decision("executor", " pick up soap; True")],
+        [decision("planner", " get the soap"), decision("planner", " open the oven")],
+        [decision("planner", " get the pot")],
+    ]
+    answers = [["get the soap", "pick up soap; False"], ["get the pan", "open the oven"], ["get the pan"]]
+    found = exact.agreement(episodes, decisions, answers)
+    assert set(found) == {"planner", "executor"}
+    planner = found["planner"]
+    assert planner["per_type"] == {"boil": 75, "melt": 0} and planner["exact"] == 37.5  # (100 + 50) / 2, 0
+    assert planner["decisions"] == 4 and planner["ci95"] == [25, 50]
+    assert planner["mistakes"] == [
+        [1, "boil", "get the soap", "get the pan"],
+        [1, "melt", "get the pot", "get the pan"],
+    ]
+    assert found["executor"]["exact"] == 0

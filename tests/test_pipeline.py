@@ -32,6 +32,7 @@ from learner import Learner
 from logprob import head_weight, sequence_logprobs
 from model import hidden_states, load_backbone, load_policy, without_adapters
 from readings import PRESETS, RLConfig
+from recipes import exact
 from viewer import article
 
 ROOT = Path(__file__).parent.parent
@@ -757,6 +758,9 @@ def test_an_overfitted_policy_replays_its_gold_path_in_the_simulator(w, tmp_path
     assert [t.progress for t in episode.turns] == [t.progress for t in gold.turns]
     assert [s.subtask for s in episode.segments] == [s.subtask for s in gold.segments]
     assert result["macro_mean"] == 100 and result["success_rate"] == 1 and result["parse_failure_rate"] == 0
+    own = w.root / "eval/episodes/overfit.jsonl"  # the expert's path, played by the policy
+    (found,) = exact.main(exact.Config(own, (tmp_path / "sft",), tmp_path, **HERE)).values()
+    assert {level: row["exact"] for level, row in found["levels"].items()} == dict.fromkeys(LEVELS, 100)
     # Prompts and answers rebuilt from the played episode are those of the expert.
     played, trained = transitions(episode), transitions(gold)
     assert [(t.level, t.prompt, t.completion) for t in played] == [
