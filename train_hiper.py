@@ -27,7 +27,7 @@ from hierarchy import Counts, episode_seed, rollout
 from hiper import HiperConfig, advantages, behaviour, fit, improve, traces
 from model import hidden_states, lm_of, load_policy, refuse_format, save_policy, trainable_state
 from plan_execute import PlanExecute, TurnPlayer
-from run import Precision, Run, fail, fast_precision, pick_device
+from run import Precision, Run, fail, fast_precision, forward_tokens, pick_device
 from scores import macro_mean
 
 
@@ -47,7 +47,7 @@ class Config:
     max_steps: int = 30  # environment steps per episode of training
     max_misses: int = 4  # actions in a row not understood that end a training episode as a limit; 0: never
     dev_steps: int = 50  # and of evaluation
-    tokens_per_forward: int = 4096  # padded tokens of a micro-batch
+    tokens_per_forward: int = field(default_factory=forward_tokens)  # padded tokens of a micro-batch
     precision: Precision = field(default_factory=fast_precision)  # of matrix products, in play too
     compile: bool = False  # compiled layers, faster after a minute or two; on CPU needs a C++ compiler
     eval_every: int = 1000  # episodes between evaluations

@@ -47,7 +47,7 @@ from model import (
 )
 from readings import RLConfig
 from renaming import OtherNames
-from run import Precision, Run, fail, fast_precision, pick_device
+from run import Precision, Run, fail, fast_precision, forward_tokens, pick_device
 from scores import macro_mean
 
 
@@ -74,7 +74,7 @@ class Config:
     offline_share: float = 1.0  # offline : online ratio of a batch, first number
     online_share: float = 1.0  # offline : online ratio of a batch, second number
     batch_size: int = 64  # decisions per step
-    tokens_per_forward: int = 4096  # padded tokens of a micro-batch
+    tokens_per_forward: int = field(default_factory=forward_tokens)  # padded tokens of a micro-batch
     precision: Precision = field(default_factory=fast_precision)  # of matrix products, in play too
     compile: bool = False  # compiled layers, faster after a minute or two; on CPU needs a C++ compiler
     temperature: float = 1.0  # of the executor

@@ -36,7 +36,7 @@ from model import (
 )
 from readings import PRESETS, RLConfig
 from renaming import OtherNames
-from run import Precision, Run, fail, fast_precision, gather, own_share, pick_device
+from run import Precision, Run, fail, fast_precision, forward_tokens, gather, own_share, pick_device
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Config:
     steps: int = 120  # gradient steps
     warmup_steps: int = 50  # first steps train the critics only (STEP-HRL: 100 of its smaller steps)
     batch_size: int = 64  # decisions per step
-    tokens_per_forward: int = 4096  # padded tokens of a micro-batch
+    tokens_per_forward: int = field(default_factory=forward_tokens)  # padded tokens of a micro-batch
     precision: Precision = field(default_factory=fast_precision)  # of products; on CPU weights are fp32
     compile: bool = False  # compiled layers, faster after a minute or two; on CPU needs a C++ compiler
     gradient_checkpointing: bool = False  # less memory, more time

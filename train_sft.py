@@ -43,6 +43,7 @@ from run import (
     Run,
     fail,
     fast_precision,
+    forward_tokens,
     gather,
     own_share,
     pick_device,
@@ -69,7 +70,7 @@ class Config:
     rename: float = 0.0  # probability that a decision is shown under other names of what its prompt names
     batch_size: int = 16  # decisions per step
     lr: float = 2e-3  # peak AdamW step size, decayed linearly to a tenth (papers: 1e-4 for 7-8B)
-    tokens_per_forward: int = 4096  # padded tokens of a micro-batch
+    tokens_per_forward: int = field(default_factory=forward_tokens)  # padded tokens of a micro-batch
     precision: Precision = field(default_factory=fast_precision)  # of products; on CPU weights are fp32
     compile: bool = False  # compiled layers, faster after a minute or two; on CPU needs a C++ compiler
     gradient_checkpointing: bool = False  # less memory, more time

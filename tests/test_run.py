@@ -215,19 +215,19 @@ def test_auto_is_cuda_when_there_is_one(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "gpu,avx512_bf16,amx,precision",
-    [(0, 0, 0, "fp32"), (1, 0, 0, "bf16"), (0, 1, 0, "bf16"), (0, 0, 1, "bf16")],
+    "gpu,avx512_bf16,amx,precision,tokens",
+    [(0, 0, 0, "fp32", 1024), (1, 0, 0, "bf16", 4096), (0, 1, 0, "bf16", 1024), (0, 0, 1, "bf16", 1024)],
 )
-def test_training_multiplies_in_bf16_where_the_machine_has_units_for_it(
-    gpu, avx512_bf16, amx, precision, monkeypatch
+def test_training_multiplies_in_what_and_as_much_as_suits_the_machine(
+    gpu, avx512_bf16, amx, precision, tokens, monkeypatch
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpu))
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx512_bf16))
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
     assert fast_precision() == precision
     for script in (train_sft, train_orl, train_o2o, train_hiper):
-        (default,) = [f.default_factory for f in dataclasses.fields(script.Config) if f.name == "precision"]
-        assert default() == precision
+        defaults = {f.name: f.default_factory for f in dataclasses.fields(script.Config)}
+        assert defaults["precision"]() == precision and defaults["tokens_per_forward"]() == tokens
 
 
 def test_a_mistake_ends_a_script_with_one_line():
