@@ -34,11 +34,11 @@ alfworld: setup .venv/.alfworld
 	|| { echo "the real ALFWorld engine needs a C++ compiler (Debian, Ubuntu: apt install g++ make)" >&2; exit 1; }
 	@touch $@
 
-# Without a C++ compiler the tests of the real engine are skipped, and say so.
+# A file of tests on each core, one thread each. Without a C++ compiler the tests of the real engine are skipped, and say so.
 test: setup
 	@if command -v c++ >/dev/null; then $(MAKE) --no-print-directory alfworld; \
 	else echo "no C++ compiler: the real ALFWorld engine is not tested (apt install g++)" >&2; fi
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 # make demo ENV=alfworld for the other world.
 demo: setup

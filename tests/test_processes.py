@@ -101,7 +101,7 @@ def launch(*command) -> str:
     text = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(starts, cwd=ROOT, env=env, **text) as process:
         try:
-            stdout, stderr = process.communicate(timeout=120)
+            stdout, stderr = process.communicate(timeout=600)
         except subprocess.TimeoutExpired:  # one process waits for the other
             process.terminate()  # not a kill, so that the launcher ends both
             stdout, stderr = process.communicate()
