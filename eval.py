@@ -11,6 +11,7 @@ reason.
 
 import functools
 import json
+import os
 import random
 import time
 from collections.abc import Callable
@@ -39,6 +40,7 @@ from run import fail, pick_device, provenance
 from watch import Watched
 
 RESULTS = Path(__file__).parent / "results"
+POLICIES = Path(__file__).parent / "policies"  # what ships, a folder per world (recipes/ship.py)
 HELD_OUT = ("test", "valid_unseen")  # every evaluation of these is recorded
 
 
@@ -50,7 +52,7 @@ class Config:
     check: bool = False  # only say whether this machine has what is needed, and how to mend it
     # who plays; zero-shot: the backbone without an adapter
     agent: Literal["policy", "zero-shot", "random", "gold", "oracle"] = "policy"
-    checkpoint: Path | None = None  # policy folder, for --agent policy
+    checkpoint: Path | None = None  # policy folder, for --agent policy; None: what ships in policies/<env>
     model: str = "base"  # backbone, for --agent zero-shot
     prompt: PromptFormat = "raw"  # of --agent zero-shot; a checkpoint knows its own
     env: EnvName = "scienceworld"  # which text world; alfworld is the fast engine
@@ -162,6 +164,8 @@ def main(config: Config) -> dict:
     torch.set_num_threads(config.threads or torch.get_num_threads())
     if config.check:
         raise SystemExit(not check())
+    if config.agent == "policy" and config.checkpoint is None and (POLICIES / config.env).exists():
+        config = replace(config, checkpoint=Path(os.path.relpath(POLICIES / config.env)))
     usual = (config.checkpoint or Path(config.agent)).name
     usual += f"-guide-{config.guide}" if config.guide != "none" else ""
     usual += f"-best-of-{config.candidates}" if config.candidates > 1 else ""

@@ -19,7 +19,7 @@ LAYERS = [
     "teacher viewer hiper bench_rollout renaming watch show check",
     "collect train_sft train_orl train_o2o train_hiper eval plot bench demo "
     "panels/make panels/make_rooms base/pretrain recipes/compare recipes/sweep recipes/alfworld_difftest "
-    "recipes/alfworld_replay recipes/curves recipes/exact",
+    "recipes/alfworld_replay recipes/curves recipes/exact recipes/ship",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 SCRIPTS = set(LAYERS[-1].split())

@@ -32,7 +32,7 @@ from learner import Learner
 from logprob import head_weight, sequence_logprobs
 from model import hidden_states, load_backbone, load_policy, without_adapters
 from readings import PRESETS, RLConfig
-from recipes import exact
+from recipes import exact, ship
 from viewer import article
 
 ROOT = Path(__file__).parent.parent
@@ -636,6 +636,28 @@ def test_a_result_has_exactly_the_documented_fields(w):
     assert result["mean_steps"] == sum(len(e.turns) for e in episodes) / 2
 
 
+def test_a_shipped_policy_is_small_plays_alike_and_is_what_eval_plays_by_default(w, tmp_path, monkeypatch):
+    monkeypatch.setattr("model.BASE", w.base)
+    folder = tmp_path / "policies/scienceworld"
+    ship.main(ship.Config(w.orl, folder))
+    (shipped, _, meta), (source, *_) = load_policy(folder), load_policy(w.orl)
+    weights = dict(source.named_parameters())
+    for name, p in shipped.named_parameters():
+        torch.testing.assert_close(p, weights[name].bfloat16().float(), rtol=0, atol=0, msg=name)
+    assert (meta["model"], meta["rank"], meta["stage"]) == ("base", 0, "orl")
+    size = {f: f.stat().st_size for f in (*folder.rglob("*.safetensors"), w.base / "model.safetensors")}
+    assert size[folder / "adapter/model.safetensors"] < 1.1 * size[w.base / "model.safetensors"], "bfloat16"
+    monkeypatch.setattr(evaluation, "POLICIES", tmp_path / "policies")
+    monkeypatch.chdir(tmp_path)
+    first, second = (evaluate(w, name) for name in ("shipped", "again"))
+    assert first["scores"] == second["scores"] and first["subtasks"] == second["subtasks"]
+    assert (first["checkpoint"], first["stage"]) == ("policies/scienceworld", "orl")
+    assert read_episodes(w.root / "eval/episodes/shipped.jsonl")[0].decisions[0].value is not None, "critics"
+    separate = sft(w, tmp_path / "separate", adapters="separate", epochs=0.0)
+    with pytest.raises(ValueError, match="an adapter for each role"):
+        ship.main(ship.Config(separate, tmp_path / "no"))
+
+
 def test_q_of_every_decision_is_noted_and_shown_in_the_report(w):
     evaluate(w, "valued", checkpoint=w.orl, panel="one")
     evaluate(w, "imitator", checkpoint=w.sft, panel="one")
@@ -778,6 +800,7 @@ def command_line(monkeypatch, script, *args):
 
 
 def test_mistakes_end_with_one_line_that_names_the_fix(w, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "POLICIES", tmp_path / "none")
     (w.root / "scienceworld_wrong_train.txt").write_text("lifespan-longest-lived 0\nmake-coffee 0\n")
     (w.root / "scienceworld_wrong_dev.txt").write_text("boil\n")
     damaged, bare = tmp_path / "damaged.jsonl", tmp_path / "bare.jsonl"
